@@ -1,0 +1,1 @@
+"""Results: database, statistics and reports. Imports no torch and no other room."""

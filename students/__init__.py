@@ -1,0 +1,1 @@
+"""The students and their training: TMD, its losses, the trainer, samplers and checkpoints."""

@@ -1,0 +1,109 @@
+"""Train the micro world's AutoencoderKLWan: clips of 9 x 32 x 32 pixels to latents (16, 3, 4, 4).
+
+    python -m students.micro.train_vae --work ~/tmd-work/vae --out students/micro/weights
+
+Resumes from the last checkpoint in ``--work``; every step draws its clips from (seed, step), so a resumed run sees the
+same data. Loss: mean absolute error + ``KL`` x mean KL divergence to N(0, 1) per latent element. The scale and shift
+that make latents unit-normal per channel are measured at the end and saved in the VAE's config, as in Wan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from tqdm import tqdm
+
+from students.micro.world import make_clip
+
+STEPS, BATCH, RATE, KL, OBJECTS, SEED = 2400, 16, 2e-3, 1e-3, 6.0, 1
+
+
+def build() -> AutoencoderKLWan:
+    """A Wan VAE of 1.9M parameters: patch 2, then twice down in space (8 x in all), twice in time (4 x)."""
+    return AutoencoderKLWan(
+        base_dim=16, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, attn_scales=[], temperal_downsample=[True, True],
+        patch_size=2, in_channels=12, out_channels=12, scale_factor_temporal=4, scale_factor_spatial=8,
+        latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
+    )  # fmt: skip
+
+
+def batch_of_clips(seed: int, step: int, size: int = BATCH, *, held_out: bool = False) -> torch.Tensor:
+    """Clips (size, 3, 9, 32, 32) in [-1, 1], two objects in three of four."""
+    clips = [make_clip((seed, step, i), held_out=held_out, two_objects=0.75)[1] for i in range(size)]
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) * 2 - 1
+
+
+def save_atomically(state: object, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(SEED)
+    vae = build()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, args.steps, pct_start=0.05)
+    checkpoint, first, seconds = args.work / "state.pt", 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first, seconds = state["step"], state["seconds"]
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=20)
+    begin = time.time()
+    for step in bar:
+        torch.manual_seed(SEED * 1_000_003 + step)
+        clips = batch_of_clips(SEED, step)
+        posterior = vae.encode(clips).latent_dist
+        difference = vae.decode(posterior.sample()).sample - clips
+        chroma = (clips.amax(1, keepdim=True) - clips.amin(1, keepdim=True)) / 2  # 1 on objects, small elsewhere
+        error = ((1 + OBJECTS * chroma) * (difference.abs() + 2 * difference.square())).mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = error + KL * kl
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(error=f"{error.item():.4f}", kl=f"{kl.item():.2f}", refresh=False)
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            save_atomically(
+                {
+                    "vae": vae.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "step": step + 1,
+                    "seconds": seconds + time.time() - begin,
+                },
+                checkpoint,
+            )
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(batch_of_clips(SEED + 1, i, 64)).latent_dist.mode() for i in range(16)])
+        over = (0, 2, 3, 4)
+        vae.register_to_config(
+            latents_mean=latents.mean(over).tolist(), latents_std=latents.std(over).tolist()
+        )
+        held = batch_of_clips(SEED + 2, 0, 64, held_out=True)
+        error = (vae.decode(vae.encode(held).latent_dist.mode()).sample.clamp(-1, 1) - held).abs().mean().item() / 2
+    vae.save_pretrained(args.out / "vae")
+    print(f"held-out mean absolute error {error:.4f} of the pixel range; {seconds + time.time() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Preference studies (two-alternative forced choice): design, serving, votes and their statistics."""

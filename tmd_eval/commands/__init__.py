@@ -1,0 +1,1 @@
+"""One module a command; each imports heavy libraries only inside its functions."""
