@@ -1,0 +1,65 @@
+"""The discriminator's size, shapes and independence of samples."""
+
+import pytest
+import torch
+
+from students.discriminator import Conv3DDiscriminator, default_feature_blocks, default_width, usable_scales
+
+
+@pytest.mark.parametrize(("channels", "paper"), [(384, 68e6), (1280, 172e6)])
+def test_parameter_count_is_the_papers(channels: int, paper: float) -> None:
+    with torch.device("meta"):
+        discriminator = Conv3DDiscriminator(channels, 3)
+    count = sum(parameter.numel() for parameter in discriminator.parameters())
+    assert abs(count / paper - 1) < 0.10
+
+
+def test_parameter_count_by_hand() -> None:
+    """Per branch: c w + w, 2 w (norm), 27 w w + w, 2 w; MLP: scales w 1024 + 1024, 1024 + 1."""
+    c, w, scales = 12, 8, 2
+    count = sum(p.numel() for p in Conv3DDiscriminator(c, 3, width=w, scales=(1, 2)).parameters())
+    assert count == 3 * (scales * (c * w + 27 * w * w + 6 * w) + scales * w * 1024 + 1024 + 1025)
+
+
+@pytest.mark.parametrize("size", [(3, 4, 4), (1, 2, 3), (5, 9, 7)])
+def test_shapes_and_gradients(size: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    discriminator = Conv3DDiscriminator(128, 3, scales=usable_scales(size))
+    features = [torch.randn(2, 128, *size, requires_grad=True) for _ in range(3)]
+    logits = discriminator(features)
+    assert logits.shape == (2, 3)
+    grads = torch.autograd.grad(logits[:, 1].sum(), features)
+    assert not grads[0].any() and not grads[2].any(), "one head looks at one depth"
+    # Every position counts, the last frame of an odd number of frames included.
+    assert (grads[1].abs().amax(dim=(0, 1)) > 0).all()
+
+
+def test_samples_are_judged_alone() -> None:
+    torch.manual_seed(0)
+    discriminator = Conv3DDiscriminator(16, 1, scales=(1, 2))
+    feature = torch.randn(3, 16, 3, 4, 4)
+    torch.testing.assert_close(discriminator([feature])[1:2], discriminator([feature[1:2]]))
+
+
+def test_frozen_strided_features_do_not_crash() -> None:
+    """Channels-last features that need no gradient once crashed GroupNorm's backward on CPU."""
+    torch.manual_seed(0)
+    discriminator = Conv3DDiscriminator(16, 1, scales=(1, 2))
+    feature = torch.randn(2, 3, 4, 4, 16).permute(0, 4, 1, 2, 3)
+    discriminator([feature]).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in discriminator.parameters())
+
+
+def test_number_of_features_must_fit() -> None:
+    with pytest.raises(ValueError):
+        Conv3DDiscriminator(16, 2, scales=(1,))([torch.randn(1, 16, 1, 2, 2)])
+
+
+def test_default_depths_and_widths() -> None:
+    assert default_feature_blocks(30) == (15, 22, 29)
+    assert default_feature_blocks(40) == (19, 29, 39)
+    assert default_feature_blocks(10) == (4, 7, 9)
+    assert default_feature_blocks(1) == (0,)
+    assert (default_width(384), default_width(1280), default_width(128)) == (384, 608, 32)
+    assert usable_scales((21, 60, 104)) == (1, 2, 4, 8, 16)
+    assert usable_scales((3, 4, 4)) == (1, 2, 4)
