@@ -1,8 +1,9 @@
 """Train the micro teacher: a Wan transformer and its text encoder by flow matching, on latents of generated clips.
 
-    python -m students.micro.train_teacher --work ~/tmd-work/teacher --vae ~/tmd-work/pipeline/vae --out ~/tmd-work/pipeline
+    python -m students.micro.train_teacher --work ~/tmd-work/teacher --vae students/micro/weights/vae \
+        --out students/micro/weights
 
-What ``micro.md``'s prototype found is built in: latents with few values a token, Muon for matrices and AdamW for the
+Chosen by experiment: latents with few values a token, Muon for matrices and AdamW for the
 rest, EMA, text dropout 0.1, time shift 3, and a curriculum from one object to two. Latents are made in shards of 1,024
 clips, a new shard every 64 steps, cached in ``--work``. Resumes from the last checkpoint; every step draws its items,
 times, noise and dropout from (seed, step). Learning rate: warm-up, constant, then linear to zero over the last fifth,
@@ -122,9 +123,7 @@ def main() -> None:
     encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer()
     model = torch.nn.ModuleDict({"text_encoder": encoder, "transformer": transformer})
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA))
-    matrices = [
-        p for n, p in transformer.named_parameters() if p.ndim == 2 and ".to_" in n or ".ffn.net" in n and p.ndim == 2
-    ]
+    matrices = [p for n, p in transformer.named_parameters() if p.ndim == 2 and (".to_" in n or ".ffn.net" in n)]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [

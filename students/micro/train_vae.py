@@ -11,7 +11,6 @@ The mean and standard deviation of each latent channel are measured at the end a
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def batch_of_clips(seed: int, step: int, size: int = BATCH, *, held_out: bool = 
 def save_atomically(state: object, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def rate_at(step: int, steps: int) -> float:

@@ -28,7 +28,7 @@ HUES = {"red": 0.0, "yellow": 55 / 360, "green": 120 / 360, "cyan": 180 / 360, "
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": (5.0, 8.0), "quickly": (15.0, 19.0)}
-"""Displacement over the whole clip, pixels (range of a uniform law; the upper end is cut where the object would leave)."""
+"""Displacement over the clip, pixels: range of a uniform law, its upper end cut where the object would leave."""
 BACKGROUNDS = ("dark", "light", "striped", "shaded")
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
 """Where the mover is, seen from the still object; always across the direction of motion, so it holds in every frame."""
@@ -83,7 +83,7 @@ def parse_caption(text: str) -> Attributes:
 
 
 def is_held_out(caption: str) -> bool:
-    """True for the eighth of all captions that no training set may hold (by a hash of the text, so it never changes)."""
+    """True for the eighth of all captions that no training set may hold (by a hash of the text: it never changes)."""
     return hashlib.sha256(caption.encode()).digest()[0] % 8 == 0
 
 
@@ -227,7 +227,8 @@ def coverage(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> np.ndar
     Args:
         shape: one of ``SHAPES``.
         radius: pixels.
-        x, y: position of pixel centres relative to the shape's centre, any (equal) array shape.
+        x: horizontal position of pixel centres relative to the shape's centre, pixels, any array shape.
+        y: vertical position, the same array shape.
 
     The distance to the outline is exact along edges and clipped to one pixel's width: anti-aliasing.
     """
