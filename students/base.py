@@ -1,0 +1,307 @@
+# ruff: noqa: RUF001 - the negative prompt has Chinese commas
+"""The base model: the teacher's pipeline folder (Wan2.1 or micro) and the pure functions on its transformer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from torch import Tensor
+
+from students.errors import ConfigError, EnvironmentMissingError
+from students.tmd import unpatchify
+from students.weights import combined_hash, read_json, weight_files
+
+COMPONENTS = ("transformer", "vae", "text_encoder")
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""The negative prompt of Wan's own repository (``sample_neg_prompt``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a pipeline folder does not say about its model; ``base.json`` in the folder, by default Wan2.1's."""
+
+    text_length: int = 512
+    """Tokens a caption is padded or cut to, in training, in our samplers and as ``max_sequence_length``."""
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+    """The text of the branch without caption in classifier-free guidance."""
+    frames: int = 81
+    """Frames of a video."""
+    height: int = 480
+    """Height in pixels."""
+    width: int = 832
+    """Width in pixels."""
+    fps: int = 16
+    """Frames per second."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale w the model is normally sampled with; 1 is none."""
+
+
+class Base:
+    """A frozen teacher with its VAE and text encoder, each loaded when first used; made by :func:`load_base`.
+
+    Attributes:
+        ref: "micro", a hub id, or the absolute path of a pipeline folder.
+        revision: the commit of a hub id, else None.
+        folder: where the pipeline lies.
+        text_length, negative_prompt, frames, height, width, fps, guidance: see :class:`Facts`.
+        blocks: L.
+        latent_shape: (C, T, H, W) of one video's latents.
+    """
+
+    def __init__(
+        self, ref: str, revision: str | None, folder: Path, device: str | torch.device, dtype: torch.dtype
+    ) -> None:
+        self.ref, self.revision, self.folder = ref, revision, folder
+        self.device, self.dtype = torch.device(device), dtype
+        index = read_json(folder / "model_index.json")
+        if (index.get("transformer_2") or [None])[0] is not None or index.get("expand_timesteps"):
+            raise ConfigError(f"{ref} is a Wan2.2 pipeline (two transformers or a time per token); use a Wan2.1 one.")
+        for component in COMPONENTS:
+            weight_files(folder / component)
+        transformer = read_json(folder / "transformer" / "config.json")
+        vae = read_json(folder / "vae" / "config.json")
+        facts = _read_facts(folder)
+        self.text_length, self.negative_prompt = facts.text_length, facts.negative_prompt
+        self.frames, self.height, self.width, self.fps = facts.frames, facts.height, facts.width, facts.fps
+        self.guidance = facts.guidance
+        self.blocks: int = transformer.get("num_layers", 40)
+        temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+        self.latent_shape: tuple[int, int, int, int] = (
+            transformer.get("in_channels", 16),
+            (self.frames - 1) // temporal + 1,
+            self.height // spatial,
+            self.width // spatial,
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over the sorted sha256 of the components' weight files."""
+        return combined_hash(path for component in COMPONENTS for path in weight_files(self.folder / component))
+
+    @cached_property
+    def transformer(self) -> WanTransformer3DModel:
+        """The teacher's network, frozen, in evaluation mode."""
+        model = _load(WanTransformer3DModel, self.folder / "transformer", torch_dtype=self.dtype)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def vae(self) -> AutoencoderKLWan:
+        """The VAE, always float32 (lower precision shows), frozen."""
+        model = _load(AutoencoderKLWan, self.folder / "vae", torch_dtype=torch.float32)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """A new scheduler from the folder; its class is named there (UniPC for Wan2.1)."""
+        name = read_json(self.folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
+        kind = getattr(diffusers, name, None)
+        if kind is None:
+            raise ConfigError(f"{self.folder / 'scheduler'} names the scheduler {name!r}, which diffusers lacks.")
+        return kind.from_pretrained(self.folder / "scheduler")
+
+    @cached_property
+    def _text_pipeline(self) -> WanPipeline:
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        encoder = _load(UMT5EncoderModel, self.folder / "text_encoder", dtype=self.dtype)
+        return WanPipeline(
+            tokenizer=AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True),
+            text_encoder=encoder.to(self.device).eval().requires_grad_(False),
+            vae=None,
+            scheduler=None,
+        )
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Caption embeddings (B, text_length, D), zero at padding, by ``WanPipeline``'s own code."""
+        embeddings, _ = self._text_pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
+        )
+        return embeddings
+
+    @torch.no_grad()
+    def encode_videos(self, videos: Tensor) -> Tensor:
+        """Normalised latents (B, C, T, H, W): the posterior's mode, (z - latents_mean) / latents_std.
+
+        Args:
+            videos: (B, frames, height, width, 3), uint8 or float in [0, 1].
+        """
+        pixels = videos.to(self.device, torch.float32)
+        if not videos.is_floating_point():
+            pixels = pixels / 255
+        z = self.vae.encode((pixels * 2 - 1).permute(0, 4, 1, 2, 3)).latent_dist.mode()
+        mean, std = self._latent_statistics
+        return (z - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Videos (B, frames, height, width, 3), uint8 (clamped and rounded), from normalised latents."""
+        mean, std = self._latent_statistics
+        pixels = self.vae.decode(latents.to(self.device, torch.float32) * std + mean).sample
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+    @property
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
+            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
+        )
+        return mean, std
+
+
+def micro_folder() -> Path:
+    """Where the shipped micro teacher's pipeline lies, or would lie."""
+    return Path(str(resources.files("students.micro") / "weights"))
+
+
+def load_base(ref: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+    """The base model that ``ref`` names; weights are checked now and loaded when first used.
+
+    Args:
+        ref: "micro" (the shipped teacher), a diffusers pipeline folder, or a hub id, with ``@REVISION`` if wanted.
+        device: where the networks run.
+        dtype: precision of transformer and text encoder; what diffusers keeps in float32 stays so.
+
+    Raises:
+        ConfigError: the folder is not a complete Wan2.1 pipeline in safetensors.
+        EnvironmentMissingError: the shipped weights or the hub's files are not here; says how to get them.
+    """
+    if ref == "micro":
+        folder = micro_folder()
+        if not (folder / "model_index.json").is_file():
+            raise EnvironmentMissingError(
+                f"The micro teacher's weights are not in {folder}; reinstall tmd-eval, or train them with "
+                f"python -m students.micro.train_teacher --out {folder}."
+            )
+        return Base("micro", None, folder, device, dtype)
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ConfigError(f"{path} has no model_index.json, so it is not a diffusers pipeline folder.")
+        return Base(str(path.resolve()), None, path.resolve(), device, dtype)
+    hub = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", ref)
+    if path.exists() or not hub:
+        raise ConfigError(f'{ref!r} is neither a folder, nor a hub id like "owner/name", nor "micro".')
+    folder = _download(hub[1], hub[2])
+    return Base(hub[1], folder.name, folder, device, dtype)
+
+
+def velocity(transformer: WanTransformer3DModel, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """v(x_t, t) = E[x1 - x given x_t], in the precision of ``x_t``.
+
+    Args:
+        transformer: teacher, fake score or plain student.
+        x_t: noisy latents (B, C, T, H, W).
+        t: times (B,) in [0, 1]; kept in float64 up to the network, which takes 1000 t.
+        text: caption embeddings (B, text_length, D).
+    """
+    dtype = transformer.patch_embedding.weight.dtype
+    out = transformer(
+        hidden_states=x_t.to(dtype),
+        timestep=1000 * t.double(),
+        encoder_hidden_states=text.to(dtype),
+        return_dict=False,
+    )[0]
+    return out.to(x_t.dtype)
+
+
+def guided(v_cond: Tensor, v_uncond: Tensor, w: float) -> Tensor:
+    """Classifier-free guidance v_u + w (v_c - v_u); w = 1 is the conditional velocity."""
+    return v_uncond + w * (v_cond - v_uncond)
+
+
+def clean(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """The clean estimate g = x_t - t v, with times (B,) in [0, 1]."""
+    return x_t - t.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)) * v
+
+
+def features(
+    transformer: WanTransformer3DModel, x_t: Tensor, t: Tensor, text: Tensor, blocks: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """The velocity, and the outputs of some blocks as feature maps; gradients flow through both.
+
+    Args:
+        transformer: the teacher, of width D and patch (p_t, p_h, p_w).
+        x_t: noisy latents (B, C, T, H, W).
+        t: times (B,) in [0, 1].
+        text: caption embeddings (B, text_length, D_text).
+        blocks: indices of the blocks, 0 to L - 1.
+
+    Returns:
+        v, and per index a map (B, D / (p_t p_h p_w), T, H, W).
+
+    Raises:
+        ConfigError: an index outside 0 to L - 1.
+    """
+    count = len(transformer.blocks)
+    if wrong := [index for index in blocks if not 0 <= index < count]:
+        raise ConfigError(f"Feature block {wrong[0]} does not exist; the transformer has blocks 0 to {count - 1}.")
+    seen: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Any:
+        return lambda module, arguments, output: seen.__setitem__(index, output)
+
+    handles = [transformer.blocks[index].register_forward_hook(keep(index)) for index in blocks]
+    try:
+        v = velocity(transformer, x_t, t, text)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Without contiguous(), GroupNorm's backward on the CPU crashes when its input needs no gradient (torch 2.13).
+    maps = [unpatchify(seen[index], x_t.shape[2:], transformer.config.patch_size).contiguous() for index in blocks]
+    return v, maps
+
+
+def _read_facts(folder: Path) -> Facts:
+    path = folder / "base.json"
+    if not path.is_file():
+        return Facts()
+    record = read_json(path)
+    shift = record.pop("flow_shift", None)
+    actual = read_json(folder / "scheduler" / "scheduler_config.json").get("flow_shift")
+    if shift is not None and shift != actual:
+        raise ConfigError(
+            f"{path} gives flow_shift {shift}, but the scheduler beside it has {actual}; make them agree."
+        )
+    if unknown := sorted(set(record) - set(Facts.__dataclass_fields__)):
+        raise ConfigError(f"{path} has the unknown key {unknown[0]!r}; known: {', '.join(Facts.__dataclass_fields__)}.")
+    return Facts(**record)
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    weight_files(folder)
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{folder} cannot be loaded as {kind.__name__} ({reason}); restore the folder.") from error
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    cache = Path(os.environ.get("TMD_EVAL_HOME", "~/.cache/tmd-eval")).expanduser() / "hub"
+    patterns = ["*.json", "*.safetensors", "tokenizer/*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=patterns))
+    except Exception as error:  # network, offline mode, unknown name, gated repository: the remedy is the same
+        at = f" --revision {revision}" if revision else ""
+        raise EnvironmentMissingError(
+            f"{name} is not in {cache} and cannot be fetched now ({type(error).__name__}); with a network, run "
+            f"hf download {name}{at} --cache-dir {cache}, or give a local pipeline folder."
+        ) from error
