@@ -96,14 +96,12 @@ class Base:
     @cached_property
     def transformer(self) -> WanTransformer3DModel:
         """The teacher's network, frozen, in evaluation mode."""
-        model = _load(WanTransformer3DModel, self.folder / "transformer", torch_dtype=self.dtype)
-        return model.to(self.device).eval().requires_grad_(False)
+        return _load(WanTransformer3DModel, self.folder / "transformer", self.device, torch_dtype=self.dtype)
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
         """The VAE, always float32 (lower precision shows), frozen."""
-        model = _load(AutoencoderKLWan, self.folder / "vae", torch_dtype=torch.float32)
-        return model.to(self.device).eval().requires_grad_(False)
+        return _load(AutoencoderKLWan, self.folder / "vae", self.device, torch_dtype=torch.float32)
 
     @cached_property
     def scheduler(self) -> Any:
@@ -118,10 +116,10 @@ class Base:
     def _text_pipeline(self) -> WanPipeline:
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        encoder = _load(UMT5EncoderModel, self.folder / "text_encoder", dtype=self.dtype)
+        encoder = _load(UMT5EncoderModel, self.folder / "text_encoder", self.device, dtype=self.dtype)
         return WanPipeline(
             tokenizer=AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True),
-            text_encoder=encoder.to(self.device).eval().requires_grad_(False),
+            text_encoder=encoder,
             vae=None,
             scheduler=None,
         )
@@ -195,8 +193,8 @@ def load_base(ref: str, *, device: str | torch.device = "cpu", dtype: torch.dtyp
             raise ConfigError(f"{path} has no model_index.json, so it is not a diffusers pipeline folder.")
         return Base(str(path.resolve()), None, path.resolve(), device, dtype)
     hub = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", ref)
-    if path.exists() or not hub:
-        raise ConfigError(f'{ref!r} is neither a folder, nor a hub id like "owner/name", nor "micro".')
+    if path.exists() or not hub or path.parent.is_dir():
+        raise ConfigError(f'There is no folder {ref}, and it is neither "micro" nor a hub id like "owner/name".')
     folder = _download(hub[1], hub[2])
     return Base(hub[1], folder.name, folder, device, dtype)
 
@@ -280,13 +278,22 @@ def _read_facts(folder: Path) -> Facts:
         )
     if unknown := sorted(set(record) - set(Facts.__dataclass_fields__)):
         raise ConfigError(f"{path} has the unknown key {unknown[0]!r}; known: {', '.join(Facts.__dataclass_fields__)}.")
+    for key, value in record.items():
+        expected = type(getattr(Facts, key))
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            raise ConfigError(f"{path}: {key} must be of type {expected.__name__}, not {value!r}.")
+        if expected is not str and not value > 0:
+            raise ConfigError(f"{path}: {key} is {value}; it must be above 0.")
     return Facts(**record)
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
+def _load(kind: Any, folder: Path, device: torch.device, **options: Any) -> Any:
     weight_files(folder)
     try:
-        return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+        # Loading may be triggered within inference_mode; weights made there could never take part in a backward pass.
+        with torch.inference_mode(False):
+            model = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+            return model.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{folder} cannot be loaded as {kind.__name__} ({reason}); restore the folder.") from error
@@ -294,14 +301,18 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     cache = Path(os.environ.get("TMD_EVAL_HOME", "~/.cache/tmd-eval")).expanduser() / "hub"
     patterns = ["*.json", "*.safetensors", "tokenizer/*"]
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=patterns))
-    except Exception as error:  # network, offline mode, unknown name, gated repository: the remedy is the same
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ConfigError(f"There is no folder {name}, and the hub has no such model or revision.") from error
+    except Exception as error:  # no network, offline mode, interrupted download: the remedy is the same
         at = f" --revision {revision}" if revision else ""
         raise EnvironmentMissingError(
-            f"{name} is not in {cache} and cannot be fetched now ({type(error).__name__}); with a network, run "
-            f"hf download {name}{at} --cache-dir {cache}, or give a local pipeline folder."
+            f"There is no folder {name}, and the hub's model of that name is not in {cache} and cannot be fetched now "
+            f"({type(error).__name__}); with a network, run hf download {name}{at} --cache-dir {cache}, "
+            "or give a local pipeline folder."
         ) from error

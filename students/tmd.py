@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from students.errors import ConfigError
+from students.nfe import check_h
 from students.times import check_grid
 
 FUSIONS = ("gated", "concat")
@@ -329,16 +330,6 @@ class TMDStudent(ModelMixin, ConfigMixin):
             else:
                 tokens = block(tokens, text, modulation, rotary)
         return tokens
-
-
-def check_h(h: int, blocks: int) -> None:
-    """Refuse a head size outside 1 to L - 1.
-
-    Raises:
-        ConfigError: with H and L.
-    """
-    if not 1 <= h <= blocks - 1:
-        raise ConfigError(f"H is {h}; the flow head needs 1 to {blocks - 1} of the {blocks} blocks.")
 
 
 def _column(time: Tensor, like: Tensor) -> Tensor:

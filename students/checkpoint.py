@@ -1,0 +1,274 @@
+"""Checkpoint folders of students, and one way to open and sample anything that ``--ckpt`` takes.
+
+A folder holds ``student.json`` (:class:`StudentSpec`), ``config.json`` and ``diffusion_pytorch_model.safetensors``, the
+last two in diffusers' layout, so that ``TMDStudent.from_pretrained(folder)`` loads it too.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from students.base import Base, load_base
+from students.errors import ConfigError
+from students.nfe import branches, check_h, effective_nfe
+from students.sampling import VideoNoise, sample_teacher, sample_tmd
+from students.spec import BaseRecord, StudentSpec
+from students.tmd import TMDStudent
+from students.weights import combined_hash, file_hash, read_json, weight_files
+
+__all__ = ["BaseRecord", "Checkpoint", "StudentSpec", "load_student", "open_checkpoint", "save_student"]
+
+TEACHER_STEPS = 50
+"""Steps of a teacher unless told otherwise; with fewer it counts as an undistilled few-step model."""
+
+
+def save_student(folder: Path, student: TMDStudent, spec: StudentSpec) -> None:
+    """Write a checkpoint folder under a temporary name and rename it into place; an old one is replaced.
+
+    Args:
+        folder: the checkpoint folder to be; its parent is made if missing.
+        student: its network, on any device.
+        spec: what ``student.json`` will say.
+
+    Raises:
+        ConfigError: the record does not describe this network, or the path is in use by something else.
+    """
+    folder = Path(folder)
+    _check_agreement(student, spec, str(folder))
+    if folder.exists() and not (folder / "student.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not a checkpoint folder; choose another path.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    temporary, old = folder.parent / f".tmp-{mark}", folder.parent / f".tmp-{mark}-old"
+    try:
+        student.save_pretrained(temporary)
+        (temporary / "student.json").write_text(spec.to_json(), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        if folder.exists():
+            folder.replace(old)
+        temporary.replace(folder)
+        _sync(folder.parent)
+    except SafetensorError as error:  # it hides the number of the system's error in its text
+        if "code: 28" in str(error) or "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_student(
+    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[StudentSpec, TMDStudent]:
+    """Read a checkpoint folder; the network comes in evaluation mode.
+
+    Args:
+        folder: as :func:`save_student` writes it.
+        device: where the network goes.
+        dtype: its precision; what diffusers keeps in float32 stays so.
+
+    Raises:
+        ConfigError: a missing, truncated or contradictory file, by name.
+    """
+    folder = Path(folder)
+    if not (folder / "student.json").is_file():
+        raise ConfigError(f"{folder / 'student.json'} is missing, so {folder} is not a student's checkpoint folder.")
+    spec = StudentSpec.from_file(folder / "student.json")
+    read_json(folder / "config.json")
+    weight_files(folder)
+    try:
+        student, report = TMDStudent.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{folder} does not load as a TMD student ({reason}); restore the folder.") from error
+    if lacking := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
+        raise ConfigError(f"The weights in {folder} do not fit its config.json (first: {lacking[0]}); restore them.")
+    _check_agreement(student, spec, str(folder))
+    return spec, student.to(device).eval()
+
+
+class Checkpoint:
+    """A model that can be sampled: a teacher, or a student with its teacher's VAE and text encoder.
+
+    Attributes:
+        kind: "teacher" or "student".
+        base: the base model.
+        spec: the student's record; None for a teacher.
+        student: the student's network; None for a teacher.
+        ref: what it was opened by, as an absolute path where it is a folder.
+        name: short name for tables.
+        hash: sha256 that changes with the weights and the record.
+    """
+
+    def __init__(
+        self, ref: str, name: str, hash: str, base: Base, spec: StudentSpec | None, student: TMDStudent | None
+    ) -> None:
+        self.kind: Literal["teacher", "student"] = "teacher" if student is None else "student"
+        self.ref, self.name, self.hash = ref, name, hash
+        self.base, self.spec, self.student = base, spec, student
+
+    def settings(self, m: int | None = None, n: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+        """All that decides what :meth:`sample` makes, beside prompts and seeds; None stands for the default.
+
+        Returns:
+            method, role ("teacher", "undistilled" for a teacher of fewer than 50 steps, "student"), m, n, h, blocks,
+            effective_nfe (Eq. 16), forward_passes (with guidance), guidance (1 is none), sampler, text_length.
+
+        Raises:
+            ConfigError: M or N below 1, N for a teacher, guidance for a student.
+        """
+        if self.spec is not None:
+            if guidance not in (None, 1.0):
+                raise ConfigError(f"Guidance is {guidance}, but students have theirs built in; leave it out.")
+            spec, w = self.spec, 1.0
+            m, n = spec.m if m is None else m, spec.n if n is None else n
+            method, role, h, sampler = spec.method, "student", spec.h, spec.sampler
+            blocks = spec.blocks
+        else:
+            if n is not None:
+                raise ConfigError(f"N is {n}, but a teacher has no inner steps; leave N out.")
+            m = TEACHER_STEPS if m is None else m
+            w = self.base.guidance if guidance is None else float(guidance)
+            method, role = "teacher", "teacher" if m >= TEACHER_STEPS else "undistilled"
+            h, blocks = None, self.base.blocks
+            scheduler = self.base.scheduler
+            sampler = f"{type(scheduler).__name__}(flow_shift={scheduler.config.get('flow_shift', 1.0):g})"
+        nfe = effective_nfe(m, n, h, blocks)
+        return {
+            "method": method,
+            "role": role,
+            "m": m,
+            "n": n,
+            "h": h,
+            "blocks": blocks,
+            "effective_nfe": nfe,
+            "forward_passes": nfe * branches(w),
+            "guidance": w,
+            "sampler": sampler,
+            "text_length": self.base.text_length,
+        }
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        m: int | None = None,
+        n: int | None = None,
+        guidance: float | None = None,
+        outer_grid: Tensor | None = None,
+    ) -> Tensor:
+        """One video per prompt and seed, as one batch; a video does not depend on what else is in the batch.
+
+        Args:
+            prompts: captions.
+            seeds: one per caption; teacher and student start from the same noise for the same seed.
+            m: M, by default as trained (50 for a teacher).
+            n: N, by default as trained.
+            guidance: w of a teacher, by default the base model's.
+            outer_grid: other outer times for a student, 0 = t_0 < ... < t_M; M is then its number of steps.
+
+        Returns:
+            uint8 (B, frames, height, width, 3) on the CPU.
+
+        Raises:
+            ConfigError: settings that do not suit the model, a bad grid, or not one seed per prompt.
+        """
+        if not prompts or len(prompts) != len(seeds):
+            raise ConfigError(f"{len(prompts)} prompts come with {len(seeds)} seeds; give one seed per prompt.")
+        base = self.base
+        settings = self.settings(m, n, guidance)
+        noise = VideoNoise(seeds, base.latent_shape)
+        x1 = noise.draw().to(base.device)
+        text = base.encode_prompts(prompts)
+        if self.student is not None and self.spec is not None:
+            if outer_grid is not None and m not in (None, len(outer_grid) - 1):
+                raise ConfigError(f"M is {m}, but the outer grid has {len(outer_grid) - 1} steps; give one of the two.")
+            outer = self.spec.outer(m) if outer_grid is None else outer_grid
+            latents = sample_tmd(self.student, text, x1, outer, self.spec.inner(n), noise.draw)
+        elif outer_grid is not None:
+            raise ConfigError("An outer grid is for students; a teacher's times come from its scheduler.")
+        else:
+            w = settings["guidance"]
+            negative = base.encode_prompts([base.negative_prompt]) if w > 1 else None
+            latents = sample_teacher(base, text, negative, x1, settings["m"], w)
+        return base.decode(latents).cpu()
+
+
+def open_checkpoint(
+    ref: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """Open whatever ``--ckpt`` names: a student's folder, "micro", a diffusers pipeline folder or a hub id.
+
+    Args:
+        ref: the name.
+        device: where networks run.
+        dtype: their precision.
+
+    Raises:
+        ConfigError: missing, truncated or contradictory files, by name.
+        EnvironmentMissingError: weights that must first be fetched.
+    """
+    folder = Path(ref).expanduser()
+    if (folder / "student.json").is_file():
+        spec, student = load_student(folder, device=device, dtype=dtype)
+        record = spec.base
+        base = load_base(record.ref + (f"@{record.revision}" if record.revision else ""), device=device, dtype=dtype)
+        if record.revision is None and base.hash != record.hash:
+            raise ConfigError(
+                f"{folder} was distilled from {record.ref} with weights {record.hash[:12]}, but those there now are "
+                f"{base.hash[:12]}; restore the base model."
+            )
+        if (base.blocks, base.text_length) != (spec.blocks, spec.text_length):
+            raise ConfigError(
+                f"{folder} needs a base model of {spec.blocks} blocks and text length {spec.text_length}; "
+                f"{record.ref} has {base.blocks} and {base.text_length}."
+            )
+        weights = combined_hash(weight_files(folder))
+        joint = hashlib.sha256((weights + file_hash(folder / "student.json")).encode()).hexdigest()
+        return Checkpoint(str(folder.resolve()), folder.resolve().name, joint, base, spec, student)
+    if str(ref) != "micro" and folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"{folder} has neither student.json nor model_index.json; it is not a checkpoint or pipeline."
+        )
+    base = load_base(str(ref), device=device, dtype=dtype)
+    return Checkpoint(base.ref, Path(base.ref).name, base.hash, base, None, None)
+
+
+def _check_agreement(student: TMDStudent, spec: StudentSpec, where: str) -> None:
+    check_h(spec.h, student.blocks)
+    for name, stated, actual in (
+        ("H", spec.h, student.h),
+        ("L", spec.blocks, student.blocks),
+        ("fusion", spec.fusion, student.config.fusion),
+        ("target", spec.target, student.target),
+    ):
+        if stated != actual:
+            raise ConfigError(f"{where}: student.json says {name} is {stated}, the network has {actual}.")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
