@@ -80,3 +80,13 @@ def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """
     time = per_sample(t, clean)
     return ((1 - time) * clean.double() + time * noise.double()).to(clean.dtype)
+
+
+def gate_metric(student: nn.Module) -> dict[str, float]:
+    """Share of the inner sample in the gated fusion, sigmoid(a), as {"gate": ...}; empty for a student without a gate.
+
+    Args:
+        student: A TMDStudent, or any other network.
+    """
+    gate = getattr(student, "gate_parameter", None)
+    return {} if gate is None else {"gate": float(torch.sigmoid(gate.detach().double()))}
