@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SCALES = (1, 2, 4, 8, 16)
-"""Average-pooling factors of the branches of one head."""
+"""Average-pooling factors of the branches of one head, for Wan's latents."""
 HIDDEN = 1024
 """Width of the MLP behind the branches."""
 _PAPER_WIDTHS = {384: 384, 1280: 608}
@@ -24,15 +24,6 @@ def default_width(channels: int) -> int:
         channels: Channels of the un-patchified features: 384 for 1.3B, 1280 for 14B, 128 in the micro world.
     """
     return _PAPER_WIDTHS.get(channels, max(channels // 4, 8))
-
-
-def usable_scales(size: tuple[int, int, int]) -> tuple[int, ...]:
-    """Those of SCALES that are not larger than the largest side of the feature map.
-
-    Args:
-        size: (T, H, W) of the feature map: all five for Wan's (21, 60, 104), (1, 2, 4) for micro's (3, 4, 4).
-    """
-    return tuple(scale for scale in SCALES if scale <= max(size))
 
 
 class _Contiguous(nn.Module):
@@ -91,7 +82,8 @@ class Conv3DDiscriminator(nn.Module):
             channels: Channels of each un-patchified feature map.
             n_features: Number of feature depths, so of heads.
             width: Channels inside a branch; by default default_width(channels).
-            scales: Pooling factors, one branch each.
+            scales: Pooling factors, one branch each; cut to the sides of the feature map, so that small maps such as the
+                micro world's (3, 4, 4) need no more than (1, 2, 4).
         """
         super().__init__()
         width = default_width(channels) if width is None else width
@@ -104,9 +96,9 @@ class Conv3DDiscriminator(nn.Module):
             features: One map (B, channels, T, H, W) per head, shallow to deep.
 
         Returns:
-            Logits (B, n_features), large for real.
+            Logits (B, n_features), float32, large for real.
         """
-        return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1)
+        return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1).float()
 
 
 def default_feature_blocks(blocks: int) -> tuple[int, ...]:

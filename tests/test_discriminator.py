@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from students.discriminator import Conv3DDiscriminator, default_feature_blocks, default_width, usable_scales
+from students.discriminator import Conv3DDiscriminator, default_feature_blocks, default_width
 
 
 @pytest.mark.parametrize(("channels", "paper"), [(384, 68e6), (1280, 172e6)])
@@ -24,7 +24,7 @@ def test_parameter_count_by_hand() -> None:
 @pytest.mark.parametrize("size", [(3, 4, 4), (1, 2, 3), (5, 9, 7)])
 def test_shapes_and_gradients(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
-    discriminator = Conv3DDiscriminator(128, 3, scales=usable_scales(size))
+    discriminator = Conv3DDiscriminator(128, 3)
     features = [torch.randn(2, 128, *size, requires_grad=True) for _ in range(3)]
     logits = discriminator(features)
     assert logits.shape == (2, 3)
@@ -61,5 +61,3 @@ def test_default_depths_and_widths() -> None:
     assert default_feature_blocks(10) == (4, 7, 9)
     assert default_feature_blocks(1) == (0,)
     assert (default_width(384), default_width(1280), default_width(128)) == (384, 608, 32)
-    assert usable_scales((21, 60, 104)) == (1, 2, 4, 8, 16)
-    assert usable_scales((3, 4, 4)) == (1, 2, 4)
