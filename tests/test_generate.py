@@ -1,0 +1,275 @@
+"""A video set is what a plain loop over the sampler gives, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from students.checkpoint import Checkpoint, open_checkpoint
+from students.errors import ConfigError, TmdError
+from tests.tiny import tiny_pipeline
+from tmd_eval import files, video_set
+from tmd_eval.commands.generate import generate as command
+from tmd_eval.generate import LINE_STRIDE, generate_run
+from tmd_eval.prompts import PromptSet
+from tmd_eval.video import read_video
+
+PROMPTS = PromptSet(name="three.txt", prompts=("a red circle", "../a/blue\nsquare", "green"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Checkpoint:
+    return open_checkpoint(folder)
+
+
+def run(model: Any, out: Path, **options: Any) -> Path:
+    return generate_run(model, PROMPTS, out, **{"m": 2, "samples_per_prompt": 2, "batch_size": 2, **options})
+
+
+def manifest(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def pixels(out: Path) -> dict[str, str]:
+    return {row["video"]: row["sha256"] for row in manifest(out)}
+
+
+def times(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / "videos").iterdir()}
+
+
+def test_each_video_is_the_sampler_s_for_its_prompt_and_seed(model: Checkpoint, tmp_path: Path) -> None:
+    out = run(model, tmp_path / "run", seed=7, command="tmd-eval generate ...")
+    rows = manifest(out)
+    assert [row["video"] for row in rows] == [f"{line:05d}-{index}.mp4" for line in range(3) for index in range(2)]
+    assert [row["seed"] for row in rows] == [
+        7,
+        8,
+        7 + LINE_STRIDE,
+        8 + LINE_STRIDE,
+        7 + 2 * LINE_STRIDE,
+        8 + 2 * LINE_STRIDE,
+    ]
+    for row in rows:
+        frames, fps = read_video(out / "videos" / row["video"])
+        expected = model.sample([row["prompt"]], [row["seed"]], m=2)[0].numpy()
+        # one for the colour conversion, one for sums in another order at another batch size
+        assert np.abs(frames.astype(int) - expected).max() <= 2
+        assert frames.shape == (row["frames"], row["height"], row["width"], 3) and fps == row["fps"] == 8
+        assert row["prompt"] == row["text"] == PROMPTS.prompts[row["line"]] and row["seconds"] > 0
+        assert row["checkpoint_hash"] == model.hash
+    assert len(set(pixels(out).values())) == 6  # no two videos share prompt and noise
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["command"] == "tmd-eval generate ..." and config["size"] == [32, 32] and config["frames"] == 9
+    assert config["checkpoint"]["hash"] == model.hash and config["checkpoint"]["m"] == 2
+    assert config["checkpoint"]["forward_passes"] == 4 and config["checkpoint"]["role"] == "undistilled"
+    assert config["prompts"] == {"name": "three.txt", "sha256": PROMPTS.sha256, "count": 3}
+    assert {"code_revision", "device", "packages", "created"} <= set(config)
+    events = [json.loads(line)["event"] for line in (out / "events.jsonl").read_text().splitlines()]
+    assert events == ["generate_started", "generate_finished"]
+    assert not list(tmp_path.glob("**/.tmp-*"))
+
+
+def test_vbench_names_and_seeds(model: Checkpoint, tmp_path: Path) -> None:
+    chosen = PromptSet(name="vbench", prompts=("a red.", "blue"), named_by_prompt=True)
+    rows = manifest(generate_run(model, chosen, tmp_path, m=1, samples_per_prompt=2, seed=3))
+    assert [(row["video"], row["seed"]) for row in rows] == [
+        ("a red.-0.mp4", 3), ("a red.-1.mp4", 4), ("blue-0.mp4", 3), ("blue-1.mp4", 4),
+    ]  # fmt: skip
+
+
+def test_a_rerun_makes_only_what_is_missing_or_damaged(model: Checkpoint, tmp_path: Path) -> None:
+    out = run(model, tmp_path)
+    before, config, first = times(out), (out / "config.yaml").read_bytes(), pixels(out)
+    run(model, out, command="another")
+    assert times(out) == before and (out / "config.yaml").read_bytes() == config
+    (out / "videos" / "00001-0.mp4").write_bytes(b"damaged")
+    (out / "videos" / "00002-1.mp4").unlink()
+    (out / "scores").mkdir()
+    (out / "scores" / "summary.json").write_text("{}")
+    run(model, out)
+    after = times(out)
+    assert {name for name in after if after[name] != before.get(name)} == {"00001-0.mp4", "00002-1.mp4"}
+    assert pixels(out) == first
+    assert not (out / "scores" / "summary.json").exists()  # it was about other files
+
+
+def test_limit_grows_without_making_anything_twice(model: Checkpoint, tmp_path: Path) -> None:
+    out = run(model, tmp_path, limit=3)
+    before = times(out)
+    assert len(before) == 3
+    run(model, out)
+    after = times(out)
+    assert len(after) == 6 and {name: after[name] for name in before} == before
+    run(model, out, limit=2)
+    assert times(out) == after and len(manifest(out)) == 6
+
+
+def test_changed_settings_never_reuse_a_video(
+    model: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(model, tmp_path / "a")
+    old = {row["video"]: row["key"] for row in manifest(out)}
+    for change in ({"m": 3}, {"guidance": 1.0}, {"seed": 1}):
+        run(model, out, **change)
+        new = {row["video"]: row["key"] for row in manifest(out)}
+        assert all(new[video] != old[video] for video in old), change
+        assert "6 videos" in capsys.readouterr().err
+        assert pixels(out) == pixels(run(model, tmp_path / f"fresh{sorted(change)}", **change))
+        old = new
+    other = PromptSet(name="two", prompts=("a red circle", "up"))
+    generate_run(model, other, out, m=2, samples_per_prompt=2, seed=1)
+    assert sorted(times(out)) == sorted(pixels(out)) == ["00000-0.mp4", "00000-1.mp4", "00001-0.mp4", "00001-1.mp4"]
+
+
+def test_other_weights_change_every_key(model: Checkpoint, tmp_path: Path) -> None:
+    out = run(model, tmp_path / "run")
+    first = {row["key"] for row in manifest(out)}
+    run(str(tiny_pipeline(tmp_path / "other", seed=1)), out, device="cpu")
+    assert first.isdisjoint(row["key"] for row in manifest(out)) and len(manifest(out)) == 6
+
+
+def test_a_half_written_row_and_debris_are_cleared(model: Checkpoint, tmp_path: Path) -> None:
+    out = run(model, tmp_path)
+    whole, first = (out / "manifest.jsonl").read_bytes(), pixels(out)
+    for cut in (1, 40):  # within the last row; only its newline is lost
+        (out / "manifest.jsonl").write_bytes(whole[:-cut])
+        (out / "videos" / ".tmp-0123").write_bytes(b"half")
+        run(model, out)
+        assert pixels(out) == first and not list(out.glob("**/.tmp-*"))
+    lines = whole.split(b"\n")
+    (out / "manifest.jsonl").write_bytes(b"\n".join([lines[0], lines[1][:30], *lines[2:]]))
+    with pytest.raises(ConfigError, match="Line 2"):
+        run(model, out)
+
+
+def test_kill_9_loses_nothing(folder: Path, model: Checkpoint, tmp_path: Path) -> None:
+    out, prompts = tmp_path / "run", tmp_path / "p.txt"
+    prompts.write_text("".join(f"a red circle moves {i}\n" for i in range(40)))
+    script = (
+        "import sys; from pathlib import Path; from tmd_eval.generate import generate_run; "
+        "from tmd_eval.prompts import load_prompts; "
+        "generate_run(sys.argv[1], load_prompts(sys.argv[2]), Path(sys.argv[3]), m=2, batch_size=1, device='cpu')"
+    )
+    victim = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder), str(prompts), str(out)],
+        cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and victim.poll() is None:
+        if (out / "manifest.jsonl").exists() and len(video_set.read_manifest(out)) >= 3:
+            break
+        time.sleep(0.005)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    kept = times(out)
+    rows = video_set.read_manifest(out)
+    assert 3 <= len(rows) < 40 and all(video_set.is_whole(out, row) for row in rows)
+    generate_run(model, video_set_prompts(prompts), out, m=2, batch_size=1)
+    after = times(out)
+    assert len(after) == 40 and all(after[row["video"]] == kept[row["video"]] for row in rows)
+
+
+def video_set_prompts(path: Path) -> PromptSet:
+    return PromptSet(name=path.name, prompts=tuple(path.read_text().splitlines()))
+
+
+@pytest.mark.parametrize("where", ["video", "manifest"])
+def test_a_full_disk_costs_nothing(
+    model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    out, calls = tmp_path / "run", 0
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        calls += (where == "manifest") == name.endswith("manifest.jsonl") and (
+            where == "manifest" or "/videos/" in name
+        )
+        if calls > (1 if where == "manifest" else 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(TmdError, match="disk is full") as caught:
+        run(model, out)
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    monkeypatch.undo()
+    rows = manifest(out)
+    assert rows and all(video_set.is_whole(out, row) for row in rows)
+    run(model, out)
+    assert pixels(out) == pixels(run(model, tmp_path / "fresh"))
+    assert not list(out.glob("**/.tmp-*"))
+
+
+def test_folders_that_cannot_be_used_are_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "config.yaml").write_text("optimiser: adamw\n")
+    for name in ("file", "training"):
+        with pytest.raises(ConfigError, match=name):  # "absent" is not even opened
+            generate_run("absent", PROMPTS, tmp_path / name)
+    assert (tmp_path / "training" / "config.yaml").read_text() == "optimiser: adamw\n"
+
+
+def test_two_processes_do_not_share_a_folder(model: Checkpoint, tmp_path: Path) -> None:
+    with video_set.locked(tmp_path), pytest.raises(ConfigError, match="Another"):
+        run(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"samples_per_prompt": 0}, {"seed": -1}, {"limit": 0}, {"batch_size": 0}, {"m": 0}, {"n": 2}]
+)
+def test_bad_settings(model: Checkpoint, tmp_path: Path, options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"\d"):
+        run(model, tmp_path, **options)
+
+
+def test_command(folder: Path, tmp_path: Path) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    call = [
+        "--ckpt",
+        str(folder),
+        "--prompt",
+        "a red circle",
+        "--m",
+        "1",
+        "--samples-per-prompt",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    out = tmp_path / "run"
+    dry = CliRunner().invoke(app, [*call, "--out", str(out), "--dry-run"])
+    assert dry.exit_code == 0 and "1 prompts x 3 samples: 3 videos, 0 present, 3 missing" in dry.stdout
+    assert not out.exists()
+    done = CliRunner().invoke(app, [*call, "--out", str(out), "--json"])
+    result = json.loads(done.stdout)
+    assert result.pop("seconds_per_video") > 0
+    assert result == {
+        "run": str(out), "prompts": 1, "samples_per_prompt": 3, "videos": 3, "present": 3, "missing": 0, "changed": 0,
+        "made": 3,
+    }  # fmt: skip
+    for wrong in ([], ["--prompt", "a", "--prompts", "micro"]):
+        failed = CliRunner().invoke(app, ["--ckpt", str(folder), "--out", str(out), *wrong])
+        assert isinstance(failed.exception, ConfigError)

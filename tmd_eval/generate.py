@@ -1,0 +1,368 @@
+"""From a checkpoint and prompts to a video set that says where each video comes from; stops and resumes anywhere.
+
+**Seeds.** Sample ``index`` of a prompt has the seed ``seed + index`` for VBench's prompts, as VBench's maintainers
+advise: all prompts share five noises. For other sets it is ``seed + index + 100000 * line``, so that no two videos of a
+set share a noise. A student and its teacher start from the same noise for the same seed. Runs meant as independent
+repetitions need base seeds at least ``samples_per_prompt`` apart.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from students.errors import ConfigError
+from tmd_eval import video_set
+from tmd_eval.files import remove_debris, write_atomic
+from tmd_eval.prompts import PromptSet
+from tmd_eval.provenance import provenance, utc_now
+from tmd_eval.video import default_lossless, write_video
+from tmd_eval.video_set import MANIFEST, VIDEOS, Unit
+
+if TYPE_CHECKING:
+    from students.checkpoint import Checkpoint
+
+LINE_STRIDE = 100_000
+"""Distance of the seeds of neighbouring prompts; also the largest number of samples a prompt."""
+PROVENANCE = ("command", "code_revision", "device", "packages", "created")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How videos are made from a checkpoint."""
+
+    samples_per_prompt: int = 1
+    """Videos a prompt, 1 to 100,000."""
+    seed: int = 0
+    """Base seed, at least 0."""
+    limit: int | None = None
+    """Make at most so many videos of the set, None for all."""
+    m: int | None = None
+    """M, steps of the outer loop; None for the checkpoint's own (50 for a teacher)."""
+    n: int | None = None
+    """N, inner steps of a TMD student; None for the checkpoint's own."""
+    guidance: float | None = None
+    """Guidance scale of a teacher; None for its own."""
+    batch_size: int | None = None
+    """Videos sampled at once; None for 16 in the micro world, else 1."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("samples_per_prompt", 1, LINE_STRIDE),
+            ("seed", 0, 2**62),
+            ("limit", 1, None),
+            ("batch_size", 1, None),
+        ):
+            value = getattr(self, name)
+            if value is not None and (value < low or (high is not None and value > high)):
+                to = "" if high is None else f" and at most {high}"
+                raise ConfigError(f"{name} must be at least {low}{to}, not {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run folder is to hold and what of it is there."""
+
+    out: Path
+    """The run folder."""
+    checkpoint: Checkpoint
+    """The model."""
+    settings: Settings
+    """How it is sampled."""
+    units: list[Unit]
+    """Every video, in the order they are made."""
+    config: dict[str, Any]
+    """``config.yaml`` but for the provenance."""
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Rows of the videos that are there and of use, by file name."""
+    changed: int = 0
+    """Videos of the manifest that come from other settings, or whose file is damaged or gone; they are made anew or
+    removed."""
+
+    @property
+    def missing(self) -> list[Unit]:
+        """The videos still to be made."""
+        return [unit for unit in self.units if unit.video not in self.rows]
+
+
+def generate_run(
+    checkpoint: str | Path | Checkpoint,
+    prompts: PromptSet,
+    out: Path,
+    *,
+    samples_per_prompt: int = 1,
+    seed: int = 0,
+    limit: int | None = None,
+    m: int | None = None,
+    n: int | None = None,
+    guidance: float | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    command: str | None = None,
+) -> Path:
+    """Make what is missing of a video set.
+
+    Args:
+        checkpoint: what ``--ckpt`` takes, or an open checkpoint.
+        prompts: the prompts.
+        out: run folder, made if missing.
+        samples_per_prompt: videos a prompt.
+        seed: base seed; see the module for each video's own.
+        limit: at most so many videos of the set.
+        m: M; None for the checkpoint's own.
+        n: N; None for the checkpoint's own.
+        guidance: of a teacher; None for its own.
+        batch_size: videos at once; None for 16 in the micro world, else 1.
+        device: "cpu", "cuda", ...; None for the GPU if there is one. An open checkpoint keeps its own.
+        command: command line to record, by default this process's.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: a setting, the checkpoint or the folder is wrong.
+        TmdError: the disk is full; what is finished stays.
+    """
+    settings = Settings(
+        samples_per_prompt=samples_per_prompt, seed=seed, limit=limit, m=m, n=n, guidance=guidance,
+        batch_size=batch_size,
+    )  # fmt: skip
+    out = Path(out)
+    check_target(out)
+    video_set.check_writable(out)
+    opened = open_model(checkpoint, device)
+    with video_set.locked(out):
+        make(plan(opened, prompts, out, settings), command=command)
+    return out
+
+
+def open_model(checkpoint: str | Path | Checkpoint, device: str | None = None) -> Checkpoint:
+    """Open a checkpoint where it will run: in bfloat16 on a GPU, in float32 on the CPU.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none, or the checkpoint cannot be opened.
+    """
+    import torch
+
+    from students.checkpoint import open_checkpoint
+
+    if not isinstance(checkpoint, str | Path):
+        return checkpoint
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"There is no GPU here for --device {device}; leave it out or choose cpu.")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return open_checkpoint(str(checkpoint), device=device, dtype=dtype)
+
+
+def check_target(out: Path) -> None:
+    """Refuse a folder that holds another kind of run.
+
+    Raises:
+        ConfigError: it has a ``config.yaml`` that is not a video set's.
+    """
+    config = _read_config(out)
+    if (out / "config.yaml").exists() and "prompts" not in (config or {}):
+        raise ConfigError(f"{out / 'config.yaml'} is not that of a video set; choose another --out.")
+
+
+def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settings) -> Plan:
+    """Compare what is wanted with what is there; writes nothing.
+
+    Raises:
+        ConfigError: settings that do not suit the model, or a broken manifest.
+    """
+    base = checkpoint.base
+    model = checkpoint.settings(settings.m, settings.n, settings.guidance)
+    size = {"size": [base.height, base.width], "frames": base.frames, "fps": base.fps}
+    decisive = {"checkpoint": checkpoint.hash, "base": base.hash, "dtype": str(base.dtype), **model, **size}
+    stride = 0 if prompts.named_by_prompt else LINE_STRIDE
+
+    def unit(line: int, index: int) -> Unit:
+        seed = settings.seed + index + stride * line
+        return Unit(
+            video=prompts.video_name(line, index), prompt=prompts.prompts[line], line=line, index=index, seed=seed,
+            key=video_set.unit_key(decisive, prompts.prompts[line], seed),
+        )  # fmt: skip
+
+    order = ((line, i) for line in range(len(prompts.prompts)) for i in range(settings.samples_per_prompt))
+    units = [unit(line, index) for line, index in islice(order, settings.limit)]
+    # A finished video beyond the present plan (a smaller --limit, say) stays if a larger plan would make the same one.
+    rows: dict[str, dict[str, Any]] = {}
+    written = video_set.read_manifest(out)
+    for row in written:
+        known = isinstance(row.get("index"), int) and row.get("line") in range(len(prompts.prompts))
+        same = known and unit(row["line"], row["index"])
+        if same and (same.video, same.key) == (row["video"], row.get("key")) and video_set.is_whole(out, row):
+            rows[row["video"]] = row
+    config = {
+        "checkpoint": {
+            **model, "name": checkpoint.name, "ref": checkpoint.ref, "hash": checkpoint.hash,
+            "base": {"ref": base.ref, "hash": base.hash, "revision": base.revision},
+        },
+        "prompts": {"name": prompts.name, "sha256": prompts.sha256, "count": len(prompts.prompts)},
+        "samples_per_prompt": settings.samples_per_prompt,
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "seed_rule": "seed + index" + (f" + {stride} * line" if stride else ""),
+        **size,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "batch_size": _batch_size(settings, base.height, base.width),
+    }  # fmt: skip
+    changed = len({row["video"] for row in written} - set(rows))
+    return Plan(
+        out=out, checkpoint=checkpoint, settings=settings, units=units, config=config, rows=rows, changed=changed
+    )
+
+
+def make(work: Plan, *, command: str | None = None) -> int:
+    """Make the missing videos of a plan; the caller holds the folder's lock.
+
+    Each batch is sampled, its videos are written and renamed into place, then their rows are appended and synced.
+
+    Args:
+        work: what :func:`plan` found.
+        command: command line to record, by default this process's.
+
+    Returns:
+        How many videos were made.
+
+    Raises:
+        TmdError: the disk is full; what is finished stays.
+    """
+    from tqdm import tqdm
+
+    out, missing = work.out, work.missing
+    origin = _write_config(work, command)
+    video_set.check_case(out, [unit.video for unit in work.units])
+    for folder in (out, out / VIDEOS):
+        remove_debris(folder)
+    if work.changed:
+        _say(f"{work.changed} videos in {out} come from other settings or are damaged; they are removed or made anew")
+    if not missing and not work.changed:
+        return 0
+    _drop_scores(out)
+    _drop_others(work)
+    video_set.write_manifest(out, work.rows.values())
+    _event(out, "generate_started", missing=len(missing), present=len(work.rows), changed=work.changed, **origin)
+    start, rows = time.perf_counter(), dict(work.rows)
+    if missing:
+        _load(work.checkpoint)
+        done = len(work.units) - len(missing)
+        with tqdm(total=len(work.units), initial=done, unit="video", desc="videos", file=sys.stderr) as bar:
+            for batch in _batches(missing, work.config["batch_size"]):
+                made = _make_batch(work, batch)
+                video_set.append_rows(out, made)
+                rows |= {row["video"]: row for row in made}
+                bar.update(len(batch))
+    order = {unit.video: place for place, unit in enumerate(work.units)}
+    rest = len(order)
+    video_set.write_manifest(
+        out, sorted(rows.values(), key=lambda row: (order.get(row["video"], rest), row["line"], row["index"]))
+    )
+    _event(out, "generate_finished", made=len(missing), seconds=round(time.perf_counter() - start, 3))
+    return len(missing)
+
+
+def _make_batch(work: Plan, batch: Sequence[Unit]) -> list[dict[str, Any]]:
+    """Sample and write one batch; the rows are for the manifest."""
+    settings, base = work.settings, work.checkpoint.base
+    start = time.perf_counter()
+    videos = work.checkpoint.sample(
+        [unit.prompt for unit in batch],
+        [unit.seed for unit in batch],
+        m=settings.m,
+        n=settings.n,
+        guidance=settings.guidance,
+    )
+    seconds = (time.perf_counter() - start) / len(batch)  # text encoding and decoding included, writing not
+    rows = []
+    for unit, frames in zip(batch, videos.numpy(), strict=True):
+        count, height, width, _ = frames.shape
+        path = work.out / VIDEOS / unit.video
+        digest = write_video(path, frames, base.fps, lossless=default_lossless(height, width))
+        rows.append(
+            {
+                "video": unit.video, "prompt": unit.prompt, "text": unit.prompt, "line": unit.line, "index": unit.index,
+                "seed": unit.seed, "sampler": work.config["checkpoint"]["sampler"],
+                "checkpoint_hash": work.checkpoint.hash, "key": unit.key, "frames": count, "height": height,
+                "width": width, "fps": base.fps, "sha256": digest, "seconds": round(seconds, 6),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _load(checkpoint: Checkpoint) -> None:
+    """Load every component now, so that loading does not count as seconds a video."""
+    checkpoint.base.encode_prompts([""])
+    _ = checkpoint.base.vae
+    if checkpoint.kind == "teacher":
+        _ = checkpoint.base.transformer
+
+
+def _batch_size(settings: Settings, height: int, width: int) -> int:
+    return settings.batch_size or (16 if default_lossless(height, width) else 1)
+
+
+def _batches(units: Sequence[Unit], size: int) -> Iterator[Sequence[Unit]]:
+    for start in range(0, len(units), size):
+        yield units[start : start + size]
+
+
+def _write_config(work: Plan, command: str | None) -> dict[str, Any]:
+    """Write ``config.yaml``; a run that goes on keeps its date, a run that is complete its whole file."""
+    origin = provenance(command=command, device=str(work.checkpoint.base.device))
+    old = _read_config(work.out)
+    if old is not None and not work.changed:
+        if not work.missing:
+            return origin
+        if {k: v for k, v in old.items() if k not in PROVENANCE} == work.config:
+            origin["created"] = old.get("created", origin["created"])
+    text = yaml.safe_dump({**origin, **work.config}, sort_keys=False, allow_unicode=True)
+    write_atomic(work.out / "config.yaml", text)
+    return origin
+
+
+def _read_config(out: Path) -> dict[str, Any] | None:
+    try:
+        config = yaml.safe_load((out / "config.yaml").read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _drop_scores(out: Path) -> None:
+    """Scores of a set that is about to change would pass for scores of the new one."""
+    old = sorted((out / "scores").glob("*.json*")) if (out / "scores").is_dir() else []
+    for path in old:
+        path.unlink()
+    if old:
+        _say(f"removed {len(old)} files of scores from {out / 'scores'}, since the videos change; score them again")
+
+
+def _drop_others(work: Plan) -> None:
+    """Remove the videos of earlier settings that the present ones will not overwrite."""
+    planned = {unit.video for unit in work.units}
+    for row in video_set.read_manifest(work.out):
+        if row["video"] not in work.rows and row["video"] not in planned:
+            (work.out / VIDEOS / row["video"]).unlink(missing_ok=True)
+
+
+def _event(out: Path, event: str, **values: Any) -> None:
+    with (out / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": utc_now(), "event": event, **values}, ensure_ascii=False) + "\n")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+__all__ = ["MANIFEST", "Plan", "Settings", "check_target", "generate_run", "make", "open_model", "plan"]

@@ -1,0 +1,58 @@
+"""Runs inside VBench's environment, as a script: one request in a JSON file, one reply in another.
+
+It must not import the project, whose packages conflict with VBench's. Called as
+``python -I worker.py REQUEST REPLY``; the request is ``{"action": "import", "dimension"}`` or ``{"action": "score",
+"dimension", "videos", "full_info", "work", "device"}``; the reply ``{"ok": true, ...}`` or ``{"ok": false, "error",
+"message", "traceback"}``. All connections to the network are refused: a metric whose weights are missing must fail,
+not fetch something that nobody recorded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook: no connections but to sockets of this machine's own processes."""
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        raise PermissionError(f"no network in a VBench worker (wanted {arguments[1][0]})")
+
+
+def score(request: dict[str, Any]) -> dict[str, Any]:
+    """Let the official package score a folder of videos in one dimension; returns its own result file's entry."""
+    import torch
+    from vbench import VBench
+
+    # a torch.device, not a string: with the string "cuda", motion smoothness depends on the GPU's memory
+    vbench = VBench(torch.device(request["device"]), request["full_info"], request["work"])
+    dimension = request["dimension"]
+    vbench.evaluate(
+        videos_path=request["videos"], name="run", dimension_list=[dimension], local=True, mode="custom_input"
+    )
+    results = json.loads(Path(request["work"], "run_eval_results.json").read_text())
+    aggregate, rows = results[dimension]
+    return {"aggregate": aggregate, "rows": rows}
+
+
+def main() -> None:
+    """Answer one request."""
+    sys.addaudithook(refuse_network)
+    request = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        if request["action"] == "import":
+            importlib.import_module(f"vbench.{request['dimension']}")
+            reply = {"ok": True}
+        else:
+            reply = {"ok": True, **score(request)}
+    except Exception as error:
+        reply = {"ok": False, "error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+    Path(sys.argv[2]).write_text(json.dumps(reply))
+
+
+if __name__ == "__main__":
+    main()
