@@ -22,6 +22,7 @@ import numpy as np
 from students.micro.world import DRIFT, HUES, RELATIONS, SHAPES, SIZE, Attributes, coverage, parse_caption
 from tmd_eval.micro_background import Background, read_background
 
+METRIC_VERSION = "micro-judge-1"
 STRONG = 0.42  # chroma above which a pixel belongs to an object
 PALE = 0.30  # chroma below which a pixel may be background
 MIN_CHROMA = 0.55

@@ -1,0 +1,203 @@
+"""Scores of a micro run: alignment by the exact judges, fidelity, diversity, each with n and an interval over prompts.
+
+Prompts are what is resampled everywhere: clips of one caption are alike, so they are one draw, not many.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from students.errors import ConfigError, IncompleteError
+from students.micro.world import Attributes, parse_caption
+from tmd_eval.files import write_atomic, write_json
+from tmd_eval.micro_diversity import METRIC_VERSION as DIVERSITY_VERSION
+from tmd_eval.micro_diversity import diversity, nuisance_table
+from tmd_eval.micro_fidelity import METRIC_VERSION as FRECHET_VERSION
+from tmd_eval.micro_fidelity import SECOND_SEED, features, frechet_interval, real_clips
+from tmd_eval.micro_judges import METRIC_VERSION as JUDGE_VERSION
+from tmd_eval.micro_judges import Reading, compare, read_attributes
+from tmd_eval.video_set import VIDEOS, read_manifest
+
+ATTRIBUTES = ("color", "shape", "direction", "speed", "background", "count", "color2", "shape2", "relation", "joint")
+MIN_FRECHET = 64  # clips; with fewer, 48 x 48 covariances say nothing
+RESAMPLES, SEED = 2000, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Video:
+    name: str
+    prompt: str
+    stated: Attributes
+    index: int
+
+
+def mean_interval(
+    values: np.ndarray, clusters: np.ndarray, *, seed: int = SEED, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """Mean of all values with a 95 % bootstrap interval that resamples prompts.
+
+    Where all values are 0, or all 1, resampling shows no spread although the truth may lie off it; the far end is then
+    the exact (Clopper-Pearson) bound for no success, or no failure, in P prompts.
+
+    Args:
+        values: (n,) numbers.
+        clusters: (n,) number of the prompt of each value; numbers need not be contiguous.
+        seed: of the resampling.
+        resamples: number of resampled sets.
+
+    Returns:
+        Value, low, high.
+    """
+    _, group = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(group, weights=values), np.bincount(group).astype(float)
+    prompts = len(sums)
+    value = float(values.mean())
+    if np.all(values == values[0]) and value in (0.0, 1.0):
+        edge = 0.025 ** (1 / prompts)
+        return (1.0, float(edge), 1.0) if value else (0.0, 0.0, float(1 - edge))
+    drawn = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [0.025, 0.975])
+    return value, float(low), float(high)
+
+
+def _entry(result: tuple[float, float, float], n: int, completeness: float, version: str) -> dict[str, Any]:
+    value, low, high = result
+    return {
+        "n": n, "value": value, "low": low, "high": high, "completeness": completeness,
+        "metric_version": version, "weight_hashes": {},
+    }  # fmt: skip
+
+
+def summarize(
+    clips: Sequence[np.ndarray], readings: Sequence[Reading], captions: Sequence[str], completeness: float = 1.0
+) -> dict[str, dict[str, Any]]:
+    """Every dimension of a set of clips, in the format of ``summary.json``.
+
+    Args:
+        clips: uint8, (T, 32, 32, 3) each.
+        readings: of these clips.
+        captions: of these clips.
+        completeness: share of the expected clips that are here, written into every entry.
+    """
+    stated = [parse_caption(c) for c in captions]
+    clusters = np.unique(np.array(captions), return_inverse=True)[1]
+    verdicts = [compare(r, a) for r, a in zip(readings, stated, strict=True)]
+    summary = {}
+    for name in ATTRIBUTES:
+        having = np.array([name in v for v in verdicts])
+        if having.any():
+            values = np.array([float(v[name]) for v in verdicts if name in v])
+            interval = mean_interval(values, clusters[having])
+            summary[f"alignment_{name}"] = _entry(interval, len(values), completeness, JUDGE_VERSION)
+    real = real_clips(captions)
+    n = len(clips)
+    if n >= MIN_FRECHET:
+        reference = features(real)
+        second = features(real_clips(captions, SECOND_SEED))
+        for name, sample in (("frechet", features(clips)), ("frechet_real", second)):
+            result = frechet_interval(sample, reference, clusters, seed=SEED)
+            summary[name] = _entry(result, n, completeness, FRECHET_VERSION)
+    repeated = int((np.bincount(clusters)[clusters] >= 2).sum())
+    if repeated:
+        of_real = nuisance_table([read_attributes(c) for c in real], stated)
+        for name, result in diversity(nuisance_table(readings, stated), of_real, clusters, seed=SEED).items():
+            summary[name] = _entry(result, repeated, completeness, DIVERSITY_VERSION)
+    return summary
+
+
+def _rows(run: Path) -> list[_Video]:
+    rows = []
+    for row in read_manifest(run):
+        try:
+            stated = parse_caption(row["prompt"])
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{row['video']} of {run} cannot be judged: {error}") from error
+        rows.append(_Video(name=row["video"], prompt=row["prompt"], stated=stated, index=int(row.get("index", 0))))
+    if not rows:
+        raise ConfigError(f"{run} lists no videos; make them with: tmd-eval micro --ckpt C --out {run}")
+    return rows
+
+
+def _planned(run: Path) -> list[str]:
+    """Names of the videos that the run's config.yaml promises; none without one."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return []
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+        count, samples = int(config["prompts"]["count"]), int(config["samples_per_prompt"])
+        limit = config.get("limit")
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} does not say how many videos the run has ({error!r}).") from error
+    return [f"{line:05d}-{index}.mp4" for line in range(count) for index in range(samples)][:limit]
+
+
+def score_run(run: Path, *, expected: int | None = None, allow_partial: bool = False) -> dict[str, dict[str, Any]]:
+    """Score the videos of a run; write ``scores/<dimension>.jsonl`` and ``scores/summary.json``.
+
+    Per video there are files for the alignment dimensions; Fréchet distances and diversity belong to the set and are
+    in the summary only. Diversity needs two clips of one prompt and the Fréchet distances ``MIN_FRECHET`` clips: what
+    is not measured is absent.
+
+    Args:
+        run: folder with ``manifest.jsonl`` and ``videos/``.
+        expected: number of videos the run should hold; by default what its config.yaml promises, and without one the
+            rows of the manifest.
+        allow_partial: score what is there, and say so in ``completeness``.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ConfigError: no manifest, or a row whose prompt is no caption of the micro world.
+        IncompleteError: videos are missing or unreadable; the message names them.
+    """
+    from tqdm import tqdm
+
+    from tmd_eval.video import read_video
+
+    planned = dict.fromkeys(_planned(run))
+    rows = [
+        row for row in _rows(run) if row.name in planned or not planned
+    ]  # videos beyond a smaller plan may lie there
+    clips, readings, present, missing = [], [], [], []
+    for row in tqdm(rows, desc="judging", unit="video", mininterval=1):
+        try:
+            clip, _ = read_video(run / VIDEOS / row.name)
+            readings.append(read_attributes(clip))
+        except (ConfigError, ValueError) as error:
+            missing.append(f"{row.name} ({error})")
+            continue
+        clips.append(clip)
+        present.append(row)
+    if expected is None:
+        listed = {row.name for row in rows}
+        missing += [name for name in planned if name not in listed]
+    elif expected > len(rows):
+        missing.append(f"{expected - len(rows)} videos that its manifest does not list")
+    total = max(expected or 0, len(present) + len(missing))
+    if missing and not (allow_partial and present):
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise IncompleteError(
+            f"{total - len(present)} of {total} videos of {run} cannot be scored: {shown}. Run the same generation "
+            "again to make what is missing, or score what is there with --allow-partial."
+        )
+    summary = summarize(clips, readings, [row.prompt for row in present], len(present) / total)
+    scores = run / "scores"
+    scores.mkdir(exist_ok=True)
+    lines: dict[str, list[str]] = {}
+    for row, reading in zip(present, readings, strict=True):
+        for name, right in compare(reading, row.stated).items():
+            item = {"video": row.name, "value": float(right), "extra": {"prompt": row.prompt, "index": row.index}}
+            lines.setdefault(f"alignment_{name}", []).append(json.dumps(item, ensure_ascii=False))
+    for dimension, rows_of in lines.items():
+        write_atomic(scores / f"{dimension}.jsonl", "\n".join(rows_of) + "\n")
+    write_json(scores / "summary.json", summary)
+    return summary
