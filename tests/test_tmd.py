@@ -83,6 +83,26 @@ def test_fusion_of_y_s_is_conditioned_on_s_only() -> None:
     assert torch.equal(*seen)
 
 
+def test_interval_reaches_the_output_norm_too() -> None:
+    """With the projection into the blocks cut, s - r can act through the output norm only."""
+    student = shut(TMDStudent.from_teacher(tiny_transformer(), h=2))
+    x, t, text = inputs()
+    with torch.no_grad():
+        student.interval_embedder.linear_2.weight.normal_()
+        student.condition_embedder.time_proj.weight.zero_()
+        m = student.backbone(x, t, text)
+        assert (student.head(x, t, t * 0.1, m) - student.head(x, t, t * 0.9, m)).abs().max() > 1e-3
+
+
+def test_fusion_block_is_adaptive_norm_mlp_and_gated_residual() -> None:
+    """Re-uses the MLP's part (rows 3 to 5) of the global six-fold modulation: shift, scale, gate."""
+    block = TMDStudent.from_teacher(tiny_transformer(), h=2).fuse.block
+    y, modulation = torch.randn(2, 5, 24), torch.randn(2, 6, 24)
+    shift, scale, gate = (block.scale_shift_table[0, i] + modulation[:, 3 + i, None] for i in range(3))
+    normed = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(block(y, modulation), y + gate * block.ffn(normed * (1 + scale) + shift))
+
+
 def test_gate_opens_as_its_sigmoid() -> None:
     student = TMDStudent.from_teacher(tiny_transformer(), h=2).eval()
     assert student.gate_parameter is not None and student.gate_parameter.item() == -3
