@@ -1,0 +1,108 @@
+"""The processes of one training run: alone, or started by torchrun (gloo on CPU, nccl on CUDA)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from students.errors import EnvironmentMissingError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those of the run; as a context it opens and closes the process group.
+
+    Every rank holds all weights (data parallelism) and the gradients are averaged by hand after the last backward
+    pass, so that losses may call any part of a network: DistributedDataParallel wants everything to go through one
+    ``forward``.
+    """
+
+    def __init__(self, device: str = "auto"):
+        """Read torchrun's environment.
+
+        Args:
+            device: "auto" (CUDA where there is one), "cpu" or "cuda".
+
+        Raises:
+            EnvironmentMissingError: "cuda" without a usable GPU.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EnvironmentMissingError(
+                "device is cuda but torch finds no GPU; set device to cpu or mend the driver."
+            )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self._opened = False
+
+    def __enter__(self) -> Ranks:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self._opened = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._opened:
+            dist.destroy_process_group()
+
+    @property
+    def main(self) -> bool:
+        """True on the one rank that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The device as provenance records it."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return name if self.world == 1 else f"{self.world} x {name}"
+
+    def first(self, make: Callable[[], T]) -> T:
+        """Run ``make`` on the main rank, then on the others, which find its files there."""
+        if self.world == 1:
+            return make()
+        result = make() if self.main else None
+        dist.barrier()
+        return result if self.main else make()  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def largest(self, values: list[float]) -> list[float]:
+        """Element by element, the largest value over ranks."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over ranks, in one message per call."""
+        chosen = list(tensors)
+        if self.world == 1 or not chosen:
+            return
+        flat = torch.cat([t.reshape(-1) for t in chosen])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for tensor, part in zip(chosen, flat.split([t.numel() for t in chosen]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def average_gradients(self, network: nn.Module) -> None:
+        """Mean of every parameter's gradient over ranks; parameters the loss did not reach count as zero."""
+        for parameter in network.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.average(p.grad for p in network.parameters() if p.grad is not None)

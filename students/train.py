@@ -1,0 +1,317 @@
+"""One training loop for every method.
+
+    python -m students.train CONFIG.yaml [--set name=value ...] [--resume] [--dry-run]
+    torchrun --nproc-per-node 8 -m students.train CONFIG.yaml
+
+Every random draw comes from (seed, iteration, pass), where a pass is one forward and backward over ``micro_batch``
+pairs of the global batch. So a run that was killed and resumed ends with the same weights to the bit (one thread count
+on the CPU; on CUDA as far as its deterministic algorithms reach), and the number of ranks changes only rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from students.build import Parts, build_parts, describe, student_spec
+from students.checkpoint import save_student
+from students.config import TrainConfig, load_config
+from students.data import stream_seed
+from students.distributed import Ranks
+from students.errors import ConfigError, TmdError
+from students.revision import code_revision
+from students.run_folder import StopRequest, complete, prepare, resume_command
+from students.trainer_state import (
+    Average,
+    MetricLog,
+    NonFiniteError,
+    TrainingInterrupted,
+    latest_state,
+    load_state,
+    save_state,
+    told_when_full,
+)
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> Path:
+    """Run a training to its end.
+
+    Args:
+        config: the run.
+        resume: go on from the latest state in ``config.out``; without one, start.
+        progress: bars on stderr.
+
+    Returns:
+        The checkpoint folder, ``out/checkpoint``.
+
+    Raises:
+        ConfigError: settings do not fit the base model, the parent or the data; ``out`` holds another run.
+        NonFiniteError: a loss term or gradient is not finite; the latest state is from before it.
+        DiskFullError: no space left; earlier states are intact.
+        TrainingInterrupted: SIGINT or SIGTERM; the state is saved.
+    """
+    out = Path(config.out)
+    with Ranks(config.device) as ranks, told_when_full(out), _deterministic(ranks.device):
+        config.passes(ranks.world)
+        _on_main(ranks, lambda: prepare(out, config, resume))
+        if complete(out, config):
+            return out / "checkpoint"
+        parts = build_parts(config, ranks, progress=progress and ranks.main)
+        run = Run(config, ranks, parts)
+        path = latest_state(out)
+        if path is not None:
+            run.load(load_state(path))
+        ranks.barrier()
+        run.go(progress and ranks.main)
+        if ranks.main:
+            run.export()
+        ranks.barrier()
+    return out / "checkpoint"
+
+
+def _on_main(ranks: Ranks, act: Any) -> None:
+    """Run something on the main rank; where it fails, all ranks stop instead of waiting for each other."""
+    error: Exception | None = None
+    if ranks.main:
+        try:
+            act()
+        except Exception as caught:
+            error = caught
+    if ranks.largest([float(error is not None)])[0]:
+        raise error or TmdError("stopped, as the main rank could not start; see its message.")
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms on CUDA; operations that have none warn and stay as they are."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+class Run:
+    """The state of a training run and its loop."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, parts: Parts):
+        """Make optimisers and the moving average for freshly built networks."""
+        self.config, self.ranks, self.parts, self.out = config, ranks, parts, Path(config.out)
+        self.method, self.data = parts.method, parts.data
+        self.iteration, self.seconds = 0, 0.0
+        self.micro, self.count = config.passes(ranks.world)
+        self.optimisers = {name: optimiser(config, name, net) for name, net in self.method.networks.items()}
+        self.average = Average(parts.student, config.ema) if config.ema else None
+
+    def state(self) -> dict[str, Any]:
+        """All that resuming needs, in tensors and plain values."""
+        return {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "data_hash": self.data.hash,
+            "base_hash": self.parts.base.hash,
+            "threads": torch.get_num_threads(),
+            "networks": {name: net.state_dict() for name, net in self.method.networks.items()},
+            "optimisers": {name: opt.state_dict() for name, opt in self.optimisers.items()},
+            "average": self.average.state_dict() if self.average else None,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state.
+
+        Raises:
+            ConfigError: it was made with other data or another base model.
+        """
+        for key, now in (("data_hash", self.data.hash), ("base_hash", self.parts.base.hash)):
+            if state[key] != now:
+                what = key.removesuffix("_hash")
+                raise ConfigError(
+                    f"cannot resume {self.out}: its {what} had hash {state[key][:12]}, now it is {now[:12]}."
+                )
+        if self.ranks.device.type == "cpu" and state["threads"] != torch.get_num_threads():
+            log.warning(
+                "resuming with %d threads a run of %d: the result agrees to rounding, not to the bit",
+                torch.get_num_threads(), state["threads"],
+            )  # fmt: skip
+        for name, network in self.method.networks.items():
+            network.load_state_dict(state["networks"][name])
+            self.optimisers[name].load_state_dict(state["optimisers"][name])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+
+    def go(self, progress: bool) -> None:
+        """Iterate to the end, saving and logging on the way."""
+        config, main = self.config, self.ranks.main
+        metrics = MetricLog(self.out, after=self.iteration) if main else None
+        bar = tqdm(
+            total=config.iterations, initial=self.iteration, desc=config.method_name, unit="it", disable=not progress
+        )  # fmt: skip
+        clock = time.perf_counter()
+        with bar, StopRequest() as stop, contextlib.closing(metrics or contextlib.ExitStack()):
+            while self.iteration < config.iterations:
+                figures, stopping = self.step(self.iteration + 1, stop)
+                now = time.perf_counter()
+                self.seconds, clock = self.seconds + now - clock, now
+                last = self.iteration == config.iterations
+                if metrics:
+                    metrics.add(figures)
+                    bar.update()
+                    if last or self.iteration % config.log_every == 0:
+                        bar.set_postfix(
+                            loss=f"{metrics.write(self.iteration, self.seconds)['loss']:.4g}", refresh=False
+                        )
+                if main and (last or stopping or self.iteration % config.save_every == 0):
+                    save_state(self.out, self.iteration, self.state(), config.keep)
+                if stopping and not last:
+                    self.ranks.barrier()  # torchrun ends all ranks as soon as one is gone
+                    raise TrainingInterrupted(
+                        f"interrupted at iteration {self.iteration} of {config.iterations}, state saved; "
+                        f"go on with: {resume_command(self.out, self.ranks.world)}"
+                    )
+
+    def step(self, iteration: int, stop: StopRequest) -> tuple[dict[str, float], bool]:
+        """One iteration: forward and backward passes, then the update of the networks whose turn it is.
+
+        Returns:
+            The iteration's figures, and whether any rank was asked to stop.
+
+        Raises:
+            NonFiniteError: before any weight has moved.
+        """
+        config, turn = self.config, self.method.turn(iteration)
+        for network in self.method.networks.values():
+            network.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+        bad = ""
+        for k in range(self.count):
+            losses = self._losses(iteration, self.ranks.rank * self.count + k)
+            bad = next((name for name, value in losses.items() if not torch.isfinite(value)), "")
+            if bad:
+                break
+            torch.stack([value.double() for value in losses.values()]).sum().div(self.count).backward()
+            for name, value in losses.items():
+                terms[name] = terms.get(name, torch.zeros(())) + value.detach().double().cpu() / self.count
+        failed, stopping = self.ranks.largest([float(bool(bad)), float(stop.received)])
+        if failed:
+            self._refuse(
+                f"loss term {bad} is not finite" if bad else "a loss term of another rank is not finite", iteration
+            )
+        figures = self.method.metrics()
+        for name in turn:
+            network = self.method.networks[name]
+            self.ranks.average_gradients(network)
+            norm = nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip or math.inf)
+            figures[f"grad_norm/{name}"] = float(norm)
+            if not torch.isfinite(norm):
+                self._refuse(f"gradient of {name} is not finite", iteration)
+        for name in turn:
+            self.optimisers[name].step()
+        if self.average and "student" in turn:
+            self.average.update(self.parts.student)
+        self.iteration = iteration
+        means = torch.stack(list(terms.values())).to(self.ranks.device)
+        self.ranks.average([means])
+        figures |= {f"loss/{name}": value for name, value in zip(terms, means.tolist(), strict=True)}
+        return {"loss": float(means.sum()), **figures}, bool(stopping)
+
+    def _losses(self, iteration: int, index: int) -> dict[str, Tensor]:
+        """Loss terms of pass ``index`` of the global batch."""
+        config, device = self.config, self.ranks.device
+        part = slice(index * self.micro, (index + 1) * self.micro)
+        batch = self.data.draw(config.seed, iteration, config.batch, part)
+        batch = replace(batch, latents=batch.latents.to(device), text=batch.text.to(device))
+        generator = torch.Generator().manual_seed(stream_seed(config.seed, "pass", iteration, index))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return self.method.losses(batch, iteration, generator)
+
+    def _refuse(self, what: str, iteration: int) -> None:
+        state = latest_state(self.out)
+        kept = f"the last good state is {state}" if state else "no state was saved before"
+        raise NonFiniteError(
+            f"{what} at iteration {iteration}; no weight has moved by it and {kept}. "
+            "Try a lower optimiser.lr or optimiser.clip, or fp32, in another folder."
+        )
+
+    def export(self) -> None:
+        """Write ``out/checkpoint`` with the averaged weights and the run's provenance."""
+        if self.average:
+            self.average.copy_to(self.parts.student)
+        training = {
+            "config": self.config.tree(),
+            "iteration": self.iteration,
+            "data_hash": self.data.hash,
+            "code_revision": code_revision(),
+            "parent": self.parts.parent,
+            "device": self.ranks.device_name,
+            "seconds": round(self.seconds, 1),
+        }
+        save_student(self.out / "checkpoint", self.parts.student, student_spec(self.config, self.parts.base, training))
+
+
+def optimiser(config: TrainConfig, name: str, network: nn.Module) -> torch.optim.AdamW:
+    """AdamW for one network; the fusion gate is a group of its own rate, without weight decay."""
+    settings = config.optimiser
+    gate = getattr(network, "gate_parameter", None)
+    groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if p is not gate]}]
+    if gate is not None:
+        groups.append({"params": [gate], "lr": settings.rate("gate"), "weight_decay": 0.0})
+    return torch.optim.AdamW(
+        groups, lr=settings.rate(name), betas=(settings.betas[0], settings.betas[1]), eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )  # fmt: skip
+
+
+def run_file(path: Path, *, overrides: list[str], resume: bool, dry_run: bool) -> str:
+    """What the command line does: resolve a config file, then train or describe.
+
+    Returns:
+        What goes to stdout: the checkpoint folder, or the resolved config and the plan.
+    """
+    config = load_config(path, overrides)
+    if dry_run:
+        return config.yaml() + "\n" + describe(config)
+    return str(train(config, resume=resume))
+
+
+def main() -> None:
+    """Entry point of ``python -m students.train``."""
+    parser = argparse.ArgumentParser(prog="python -m students.train", description="Train a student from a YAML config.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="for example optimiser.lr=1e-4"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the latest state in out")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan")
+    arguments = parser.parse_args()
+    try:
+        text = run_file(arguments.config, overrides=arguments.set, resume=arguments.resume, dry_run=arguments.dry_run)
+    except TmdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
