@@ -35,7 +35,10 @@ class _Contiguous(nn.Module):
 
 
 def _normalised(channels: int) -> list[nn.Module]:
-    return [_Contiguous(), nn.GroupNorm(math.gcd(32, channels), channels), nn.LeakyReLU(0.2)]
+    # A group of one channel would be normalised to a mean of zero, and the pooling after it would see nothing: so at
+    # least 8 channels a group (and at most 32 groups, as FastGen).
+    groups = max(count for count in range(1, 33) if channels % count == 0 and (count == 1 or channels >= 8 * count))
+    return [_Contiguous(), nn.GroupNorm(groups, channels), nn.LeakyReLU(0.2)]
 
 
 class _Branch(nn.Module):
@@ -82,8 +85,8 @@ class Conv3DDiscriminator(nn.Module):
             channels: Channels of each un-patchified feature map.
             n_features: Number of feature depths, so of heads.
             width: Channels inside a branch; by default default_width(channels).
-            scales: Pooling factors, one branch each; cut to the sides of the feature map, so that small maps such as the
-                micro world's (3, 4, 4) need no more than (1, 2, 4).
+            scales: Pooling factors, one branch each; cut to the sides of the feature map, so that small maps such as
+                the micro world's (3, 4, 4) need no more than (1, 2, 4).
         """
         super().__init__()
         width = default_width(channels) if width is None else width

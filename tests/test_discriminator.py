@@ -50,6 +50,16 @@ def test_frozen_strided_features_do_not_crash() -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in discriminator.parameters())
 
 
+@pytest.mark.parametrize("width", [8, 32, 48])
+def test_the_mean_of_a_channel_is_seen(width: int) -> None:
+    """Normalising each channel by itself would hide it, and with it colour and brightness."""
+    torch.manual_seed(0)
+    discriminator = Conv3DDiscriminator(16, 1, width=width, scales=(1, 2))
+    feature = torch.randn(1, 16, 3, 4, 4)
+    brighter = feature + torch.randn(1, 16, 1, 1, 1)
+    assert (discriminator([feature]) - discriminator([brighter])).abs() > 1e-3
+
+
 def test_number_of_features_must_fit() -> None:
     with pytest.raises(ValueError):
         Conv3DDiscriminator(16, 2, scales=(1,))([torch.randn(1, 16, 1, 2, 2)])
