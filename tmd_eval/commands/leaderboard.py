@@ -1,0 +1,110 @@
+"""``tmd-eval leaderboard``: record runs, look at the rows, build the report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Record runs in the database, show its rows, build the report.")
+
+Database = Annotated[
+    str | None,
+    typer.Option("--db", metavar="URL", help="Database URL or SQLite file; else TMD_EVAL_DB, else ./tmd-eval.db."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def add(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with config.yaml, manifest.jsonl and scores.")],
+    name: Annotated[str | None, typer.Option(help="Name people see; by default the checkpoint's.")] = None,
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Record a run; recording it again updates its row.
+
+    Example: tmd-eval leaderboard add runs/tmd --name TMD-N2H2
+    """
+    from leaderboard.record import record_run
+
+    row = record_run(db, run, name=name)
+    typer.echo(json.dumps({"row": row}) if as_json else f"row {row}")
+
+
+@app.command()
+def show(
+    sort: Annotated[
+        str | None, typer.Option(help="Field or metric to sort by; a leading - sorts downwards (--sort=-joint).")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=VALUE", help="Rows whose field is this; may be repeated.")
+    ] = None,
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Show the rows of the database.
+
+    Example: tmd-eval leaderboard show --where role=student --sort=-joint
+    """
+    from leaderboard.errors import LeaderboardError
+    from leaderboard.query import show as query
+
+    conditions = {}
+    for condition in where or []:
+        field, equals, value = condition.partition("=")
+        if not equals:
+            raise LeaderboardError(f"--where {condition!r} is not FIELD=VALUE; write for example role=student.")
+        conditions[field] = value
+    rows = query(db, where=conditions, sort=sort)
+    typer.echo(json.dumps(rows, indent=2, ensure_ascii=False) if as_json else _table(rows))
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the report.")],
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Leaderboard",
+    row: Annotated[list[int] | None, typer.Option(metavar="ID", help="Only this row; may be repeated.")] = None,
+    clips: Annotated[bool, typer.Option(help="Show clips side by side, from the recorded run folders.")] = True,
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report: index.html, leaderboard.md, report.json and figures.
+
+    Example: tmd-eval leaderboard build --out report
+    """
+    from leaderboard.report import build_report
+
+    command = shlex.join(["tmd-eval", *sys.argv[1:]])
+    page = build_report(db, out, title=title, command=command, rows=row or None, clips=None if clips else {})
+    typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text: settings, then every metric with its interval, then flags."""
+    from leaderboard.display import NONE, count
+
+    if not rows:
+        return "no rows; record a run with: tmd-eval leaderboard add RUN"
+    metrics = sorted({name for row in rows for name in row["metrics"]})
+    lines = [["id", "name", "method", "M", "N", "H", "NFE", "s/video", *metrics, "source", "flags"]]
+    for row in rows:
+        scores = []
+        for name in metrics:
+            metric = row["metrics"].get(name)
+            if metric is None:
+                scores.append(NONE)
+                continue
+            interval = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
+            scores.append(f"{metric['value']:.3f}{interval}")
+        settings = [count(row[key]) for key in ("m", "n", "h", "effective_nfe", "seconds_per_video")]
+        flags = ", ".join(row["flags"])
+        lines.append([str(row["id"]), row["name"], row["method"], *settings, *scores, row["source"], flags])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
