@@ -45,6 +45,8 @@ class Settings:
     """Base seed, at least 0."""
     limit: int | None = None
     """Make at most so many videos of the set, None for all."""
+    lines: tuple[int, ...] | None = None
+    """Only these prompts of the set, by line; None for all."""
     m: int | None = None
     """M, steps of the outer loop; None for the checkpoint's own (50 for a teacher)."""
     n: int | None = None
@@ -135,13 +137,30 @@ def generate_run(
         samples_per_prompt=samples_per_prompt, seed=seed, limit=limit, m=m, n=n, guidance=guidance,
         batch_size=batch_size,
     )  # fmt: skip
-    out = Path(out)
+    run(checkpoint, prompts, Path(out), settings, device=device, command=command)
+    return Path(out)
+
+
+def run(
+    checkpoint: str | Path | Checkpoint,
+    prompts: PromptSet,
+    out: Path,
+    settings: Settings,
+    *,
+    device: str | None = None,
+    command: str | None = None,
+) -> tuple[Plan, int]:
+    """As :func:`generate_run`, with the settings as one object.
+
+    Returns:
+        The plan as it was before, and how many videos were made.
+    """
     check_target(out)
     video_set.check_writable(out)
     opened = open_model(checkpoint, device)
     with video_set.locked(out):
-        make(plan(opened, prompts, out, settings), command=command)
-    return out
+        work = plan(opened, prompts, out, settings)
+        return work, make(work, command=command)
 
 
 def open_model(checkpoint: str | Path | Checkpoint, device: str | None = None) -> Checkpoint:
@@ -193,7 +212,8 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
             key=video_set.unit_key(decisive, prompts.prompts[line], seed),
         )  # fmt: skip
 
-    order = ((line, i) for line in range(len(prompts.prompts)) for i in range(settings.samples_per_prompt))
+    lines = range(len(prompts.prompts)) if settings.lines is None else settings.lines
+    order = ((line, i) for line in lines for i in range(settings.samples_per_prompt))
     units = [unit(line, index) for line, index in islice(order, settings.limit)]
     # A finished video beyond the present plan (a smaller --limit, say) stays if a larger plan would make the same one.
     rows: dict[str, dict[str, Any]] = {}
@@ -210,6 +230,7 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
         },
         "prompts": {"name": prompts.name, "sha256": prompts.sha256, "count": len(prompts.prompts)},
         "samples_per_prompt": settings.samples_per_prompt,
+        "lines": None if settings.lines is None else list(settings.lines),
         "limit": settings.limit,
         "seed": settings.seed,
         "seed_rule": "seed + index" + (f" + {stride} * line" if stride else ""),
@@ -365,4 +386,4 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-__all__ = ["MANIFEST", "Plan", "Settings", "check_target", "generate_run", "make", "open_model", "plan"]
+__all__ = ["MANIFEST", "Plan", "Settings", "check_target", "generate_run", "make", "open_model", "plan", "run"]

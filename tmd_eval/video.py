@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -67,28 +68,45 @@ def read_video(path: Path) -> tuple[np.ndarray, float]:
     Raises:
         ConfigError: the file is missing, empty, truncated or not a video; the message names it.
     """
+    frames: list[np.ndarray] = []
+    _, fps = _decode(Path(path), lambda frame: frames.append(frame.to_ndarray(format="rgb24")))
+    return np.stack(frames), fps
+
+
+def check_video(path: Path) -> int:
+    """Decode every frame of a clip, keeping none; returns their number.
+
+    Raises:
+        ConfigError: as :func:`read_video`.
+    """
+    return _decode(Path(path), lambda frame: None)[0]
+
+
+def _decode(path: Path, use: Callable[[Any], None]) -> tuple[int, float]:
     import av
 
-    path = Path(path)
     if not path.is_file():
         raise ConfigError(f"No video {path}.")
+    count = 0
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ConfigError(f"{path} holds no video stream.")
             stream = container.streams.video[0]
             expected, fps = stream.frames, stream.average_rate
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            for frame in container.decode(stream):
+                use(frame)
+                count += 1
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} is not a readable video ({reason}); make it anew.") from error
-    if not frames or len(frames) < expected:
-        raise ConfigError(f"{path} is truncated: {len(frames)} of {expected} frames could be read; make it anew.")
+    if count == 0 or count < expected:
+        raise ConfigError(f"{path} is truncated: {count} of {expected} frames could be read; make it anew.")
     if not fps:
         raise ConfigError(f"{path} does not state its frames a second; make it anew.")
-    return np.stack(frames), float(fps)
+    return count, float(fps)
 
 
 def _encode(frames: np.ndarray, fps: float, lossless: bool) -> bytes:

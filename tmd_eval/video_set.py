@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from students.errors import ConfigError
 from tmd_eval.files import TEMPORARY, disk_full, is_disk_full, write_atomic
 
@@ -77,6 +79,29 @@ def read_manifest(run: Path) -> list[dict[str, Any]]:
                 break
             raise ConfigError(f"Line {number} of {path} is broken ({error}); delete the line to go on.") from error
     return rows
+
+
+def planned_videos(run: Path, prompts: Sequence[str] | None = None) -> list[str]:
+    """Names of the videos that a run's ``config.yaml`` promises; none without that file.
+
+    Args:
+        run: the run folder.
+        prompts: the whole prompt set, for sets whose videos are named after their prompts.
+
+    Raises:
+        ConfigError: the file does not say what the run is to hold.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        return []
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+        lines, samples = config.get("lines"), int(config["samples_per_prompt"])
+        lines = range(int(config["prompts"]["count"])) if lines is None else lines
+        stems = [f"{line:05d}" if prompts is None else prompts[line] for line in lines]
+        return [f"{stem}-{index}.mp4" for stem in stems for index in range(samples)][: config.get("limit")]
+    except (yaml.YAMLError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} does not say which videos the run is to hold ({error!r}).") from error
 
 
 def append_rows(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -54,16 +54,11 @@ def generate(
         guidance=guidance,
         batch_size=batch_size,
     )
-    generation.check_target(out)
     if dry_run:
-        work = generation.plan(generation.open_model(ckpt, device), chosen, out, settings)
-        made = 0
+        generation.check_target(out)
+        work, made = generation.plan(generation.open_model(ckpt, device), chosen, out, settings), 0
     else:
-        video_set.check_writable(out)
-        model = generation.open_model(ckpt, device)
-        with video_set.locked(out):
-            work = generation.plan(model, chosen, out, settings)
-            made = generation.make(work)
+        work, made = generation.run(ckpt, chosen, out, settings, device=device)
     before = len(work.units) - len(work.missing)
     result = {
         "run": str(out),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
@@ -55,22 +56,33 @@ def full_info() -> Path:
     return found[0]
 
 
-def diagnose(dimension: str) -> dict[str, Any]:
-    """What stands between a dimension and its score.
+def diagnose() -> list[dict[str, Any]]:
+    """What stands between each dimension and its score here.
 
     Returns:
-        dimension, importable, reason (of a failed import, else None), missing_weights (paths), ready.
+        For each of the sixteen: dimension, importable, reason (of a failed import, else None), missing_weights (paths),
+        ready.
+
+    Raises:
+        EnvironmentMissingError: there is no environment, or it is broken as a whole.
     """
-    reply = _work({"action": "import", "dimension": check_dimension(dimension)}, timeout=300)
-    missing = [str(path) for path in missing_weights(dimension)]
-    reason = None if reply["ok"] else f"{reply['error']}: {reply['message']}"
-    return {
-        "dimension": dimension,
-        "importable": reply["ok"],
-        "reason": reason,
-        "missing_weights": missing,
-        "ready": reply["ok"] and not missing,
-    }
+    reply = _work({"action": "import", "dimensions": list(DIMENSIONS)}, timeout=600)
+    if not reply["ok"]:
+        raise EnvironmentMissingError(
+            f"VBench's environment does not work ({reply['error']}: {reply['message']}); "
+            f"run {environment.SETUP} --force."
+        )
+    rows = []
+    for name in DIMENSIONS:
+        reason, missing = reply["reasons"][name], [str(path) for path in missing_weights(name)]
+        ready = reason is None and not missing
+        rows.append(
+            {
+                "dimension": name, "importable": reason is None, "reason": reason, "missing_weights": missing,
+                "ready": ready,
+            }
+        )  # fmt: skip
+    return rows
 
 
 def check_ready(dimension: str) -> None:
@@ -117,6 +129,7 @@ def score(dimension: str, videos: Sequence[Path], *, device: str = "cpu") -> lis
         request |= {"videos": str(clean), "work": str(work), "full_info": str(full_info())}
         reply = _work(request)
     if not reply["ok"]:
+        print(reply["traceback"], file=sys.stderr)
         raise TmdError(
             f"VBench could not score {dimension}: {reply['error']}: {reply['message']} "
             "(its traceback is above; tmd-eval vbench doctor checks the environment)."

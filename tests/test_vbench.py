@@ -1,0 +1,287 @@
+"""The official package gives the official numbers, and gaps are named instead of averaged away."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from students.errors import ConfigError, EnvironmentMissingError, IncompleteError, TmdError
+from tests.tiny import tiny_pipeline
+from tmd_eval.commands.vbench import app as vbench_app
+from tmd_eval.prompts import vbench_prompts
+from tmd_eval.vbench import environment, runner, worker
+from tmd_eval.vbench import score as scoring
+from tmd_eval.vbench.dimensions import DIMENSIONS
+from tmd_eval.video import write_video
+
+OFFICIAL = {
+    "00_child_swings_rusty_swing_set.mp4": 0.9560519947725183,
+    "01_impressionist_rubber_duck_sunset.mp4": 0.9732440780190861,
+    "02_two_cyclists_stop_sign.mp4": 0.9675764719645182,
+}
+FLICKER = "temporal_flickering"
+
+
+@pytest.fixture(scope="session")
+def vbench_environment() -> Path:
+    """The managed environment, built if need be; skips where that is impossible, fails under CI."""
+    try:
+        environment.setup()
+    except EnvironmentMissingError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+    return environment.folder()
+
+
+@pytest.fixture
+def small_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of two prompts of the dimension and one of another, instead of the 946."""
+    entries = [("a still cup", [FLICKER]), ("a clock.", [FLICKER]), ("a running dog", ["motion_smoothness"])]
+    info = tmp_path / "info.json"
+    info.write_text(json.dumps([{"prompt_en": p, "dimension": d} for p, d in entries]))
+    monkeypatch.setattr(runner, "full_info", lambda: info)
+    monkeypatch.setattr(runner, "check_ready", lambda dimension: None)
+
+
+def clip(path: Path, levels: tuple[int, ...] = (10, 20, 30)) -> Path:
+    """A grey clip, one level a frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = np.repeat(np.array(levels, np.uint8), 16 * 16 * 3).reshape(-1, 16, 16, 3)
+    write_video(path, frames, 8, lossless=True)
+    return path
+
+
+def invoke(*arguments: str) -> Any:
+    tree = typer.Typer(pretty_exceptions_enable=False)
+    tree.add_typer(vbench_app, name="vbench")
+    tree.command("other")(lambda: None)
+    return CliRunner().invoke(tree, ["vbench", *arguments])
+
+
+def worker_says(monkeypatch: pytest.MonkeyPatch, value: Callable[[str], float], aggregate: float | None = None) -> None:
+    """Put a function of the file's name in the place of the worker process."""
+
+    def work(request: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
+        names = sorted(path.name for path in Path(request["videos"]).iterdir())
+        rows = [{"video_path": f"/x/{name}", "video_results": value(name)} for name in names]
+        mean = float(np.mean([row["video_results"] for row in rows]))
+        return {"ok": True, "aggregate": mean if aggregate is None else aggregate, "rows": rows}
+
+    monkeypatch.setattr(runner, "_work", work)
+
+
+def test_official_scores_of_the_reference_clips(vbench_environment: Path, shared: Path, tmp_path: Path) -> None:
+    videos = tmp_path / "videos with spaces"
+    videos.mkdir()
+    for name in OFFICIAL:
+        (videos / name).symlink_to(shared / "data" / "clips" / name)
+    (videos / "._00.mp4").write_bytes(b"stray")
+    (videos / "notes.txt").write_text("stray")
+    result = invoke("--videos", str(videos), "--dimensions", FLICKER, "--out", str(tmp_path / "run"), "--json")
+    assert result.exit_code == 0, result.exception
+    rows = [json.loads(line) for line in (tmp_path / "run" / "scores" / f"{FLICKER}.jsonl").read_text().splitlines()]
+    assert {row["video"]: row["value"] for row in rows} == pytest.approx(OFFICIAL, abs=1e-6)
+    summary = json.loads((tmp_path / "run" / "scores" / "summary.json").read_text())[FLICKER]
+    assert summary == json.loads(result.stdout)["scores"][FLICKER]
+    assert set(summary) == {"n", "value", "low", "high", "completeness", "metric_version", "weight_hashes"}
+    assert summary["value"] == pytest.approx(np.mean(list(OFFICIAL.values())), abs=1e-12)
+    assert summary["n"] == 3 and summary["completeness"] == 1 and summary["metric_version"] == "vbench-0.1.5"
+    assert min(OFFICIAL.values()) - 1e-9 <= summary["low"] < summary["high"] <= max(OFFICIAL.values()) + 1e-9
+    assert runner.official_version() == "0.1.5"
+
+
+def test_flickering_in_closed_form(vbench_environment: Path, tmp_path: Path) -> None:
+    videos = [
+        clip(tmp_path / "still.mp4", (77,) * 5),
+        clip(tmp_path / "strobe.mp4", (0, 255, 0, 255)),
+        clip(tmp_path / "steps.mp4", (10, 20, 30, 61)),
+    ]
+    values = [score.value for score in runner.score(FLICKER, videos)]
+    assert values == pytest.approx([1, 0, 1 - (10 + 10 + 31) / 3 / 255], abs=1e-6)
+
+
+def test_doctor_tells_each_dimension_s_state(vbench_environment: Path) -> None:
+    result = invoke("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert set(report) == {"version", "dimensions"} and report["version"] == "0.1.5"
+    rows = {row["dimension"]: row for row in report["dimensions"]}
+    assert list(rows) == list(DIMENSIONS) and len(rows) == 16
+    assert all(set(r) == {"dimension", "importable", "reason", "missing_weights", "ready"} for r in rows.values())
+    assert rows[FLICKER] == {
+        "dimension": FLICKER, "importable": True, "reason": None, "missing_weights": [], "ready": True,
+    }  # fmt: skip
+    assert sum(row["importable"] for row in rows.values()) >= 11
+    assert "detectron2" in rows["color"]["reason"]
+
+
+def test_official_prompt_list(vbench_environment: Path) -> None:
+    everything = vbench_prompts()
+    assert len(everything.prompts) == 944 and len(everything.sha256) == 64
+    assert len(vbench_prompts([FLICKER]).prompts) == 75
+    assert len({everything.video_name(line, 0) for line in range(944)}) == 944
+
+
+def test_a_checkpoint_from_generation_to_database(vbench_environment: Path, tmp_path: Path) -> None:
+    call = ["--ckpt", str(tiny_pipeline(tmp_path / "model")), "--out", str(tmp_path / "run"), "--m", "1"]
+    call += ["--limit", "6", "--device", "cpu", "--db", str(tmp_path / "db.sqlite"), "--json"]
+    dry = invoke(*call, "--dry-run")
+    assert json.loads(dry.stdout) == {"videos": 6, "missing": 6, "dimensions": [FLICKER]}
+    assert not (tmp_path / "run").exists()
+    result = invoke(*call)
+    assert result.exit_code == 0, result.exception
+    printed = json.loads(result.stdout)
+    assert printed["recorded"] is not None and (tmp_path / "db.sqlite").exists()
+    entry = printed["scores"][FLICKER]
+    assert entry["n"] == 6 and entry["completeness"] == pytest.approx(6 / (75 * 5))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["prompts"]["count"] == 944 and len(config["lines"]) == 75
+    first = vbench_prompts([FLICKER]).prompts[0]
+    assert (tmp_path / "run" / "videos" / f"{first}-4.mp4").is_file()
+
+
+def test_broken_videos_are_named_and_nothing_is_written(tmp_path: Path, small_info: None) -> None:
+    videos = tmp_path / "videos"
+    whole = clip(videos / "whole.mp4").read_bytes()
+    (videos / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (videos / "empty.mp4").write_bytes(b"")
+    clip(videos / "single.mp4", (5,))
+    with pytest.raises(IncompleteError, match=r"3 of 4.*cut\.mp4.*empty\.mp4.*single\.mp4") as caught:
+        scoring.score(videos, tmp_path / "run", [FLICKER])
+    assert caught.value.exit_code == 3 and not (tmp_path / "run").exists()
+
+
+def test_a_missing_video_of_the_standard_set_is_named(
+    tmp_path: Path, small_info: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, levels = tmp_path / "videos", {"a still cup": (1, 1), "a clock.": (1, 52)}
+    for prompt, grey in levels.items():
+        for index in range(5):
+            clip(videos / f"{prompt}-{index}.mp4", grey)
+    clip(videos / "a running dog-0.mp4")  # of another dimension
+    clip(videos / "a clock.-5.mp4")  # a sixth sample, which VBench ignores
+    clip(videos / "holiday.mp4")
+    worker_says(monkeypatch, lambda name: 0.5 if name.startswith("a still") else 0.9)
+    entry = scoring.score(videos, tmp_path / "run", [FLICKER])[FLICKER]
+    assert entry["n"] == 10 and entry["value"] == pytest.approx(0.7) and entry["completeness"] == 1
+    assert entry["low"] == pytest.approx(0.5) and entry["high"] == pytest.approx(0.9)  # two prompts, not ten videos
+    error = capsys.readouterr().err
+    assert "holiday.mp4" in error and "running" not in error
+    (videos / "a clock.-3.mp4").unlink()
+    with pytest.raises(IncompleteError, match=r"1 of 10.*a clock\.-3\.mp4"):
+        scoring.score(videos, tmp_path / "again", [FLICKER])
+
+
+def test_a_run_with_a_lost_video_is_incomplete(
+    tmp_path: Path, small_info: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    for line in range(3):
+        clip(run / "videos" / f"{line:05d}-0.mp4")
+    rows = [{"video": f"{line:05d}-0.mp4", "prompt": "same", "line": line, "index": 0} for line in range(3)]
+    (run / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"prompts": {"count": 9}, "samples_per_prompt": 1, "limit": 4, "lines": None}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(IncompleteError, match=r"1 of 4.*00003-0\.mp4"):
+        scoring.score(run, run, [FLICKER])
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "limit": 3}))
+    (run / "scores").mkdir()
+    (run / "scores" / "summary.json").write_text('{"alignment_joint": {"n": 3}}')
+    worker_says(monkeypatch, lambda name: 0.5)
+    for folder in (run, run / "videos"):
+        entry = scoring.score(folder, run, [FLICKER])[FLICKER]
+        assert (entry["n"], entry["low"], entry["high"]) == (3, None, None)  # a single prompt has no interval
+    assert set(json.loads((run / "scores" / "summary.json").read_text())) == {"alignment_joint", FLICKER}
+
+
+def test_values_that_are_no_numbers_and_aggregates_that_do_not_fit(
+    tmp_path: Path, small_info: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = [clip(tmp_path / "videos" / f"{name}.mp4") for name in "ab"]
+    worker_says(monkeypatch, lambda name: float("nan") if name == "b.mp4" else 0.5)
+    with pytest.raises(IncompleteError, match=r"b\.mp4"):
+        runner.score(FLICKER, videos)
+    worker_says(monkeypatch, lambda name: 0.5, aggregate=0.6)
+    with pytest.raises(TmdError, match=r"0\.6"):
+        runner.score(FLICKER, videos)
+    worker_says(monkeypatch, lambda name: 50.0, aggregate=0.5)
+    assert [s.value for s in runner.score("imaging_quality", videos)] == [0.5, 0.5]
+
+
+def test_without_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMD_EVAL_HOME", str(tmp_path / "home"))
+    clip(tmp_path / "videos" / "a.mp4")
+    for arguments in (["--videos", str(tmp_path / "videos"), "--out", str(tmp_path / "run")], ["doctor"]):
+        result = invoke(*arguments)
+        assert isinstance(result.exception, EnvironmentMissingError) and result.exception.exit_code == 4
+        assert "tmd-eval vbench setup" in str(result.exception)
+    assert json.loads(invoke("setup", "--remove", "--json").stdout)["removed"] is False
+
+
+def test_requests_that_cannot_be_met_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "problem", lambda: None)
+    monkeypatch.setenv("TMD_EVAL_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="temporal_flickering"):
+        runner.check_ready("temporal_flicker")
+    with pytest.raises(ConfigError, match="own prompts"):
+        runner.check_ready("color")
+    with pytest.raises(EnvironmentMissingError, match=r"amt-s\.pth"):
+        runner.check_ready("motion_smoothness")
+    for wrong in (["--out", "x"], ["--videos", "x"], ["--ckpt", "a", "--videos", "b", "--out", "x"]):
+        assert isinstance(invoke(*wrong).exception, ConfigError)
+    assert invoke().exit_code == 0 and "setup" in invoke().stdout
+
+
+def test_setup_is_idempotent_and_a_failure_keeps_the_old_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMD_EVAL_HOME", str(tmp_path / "home"))
+    builds = 0
+
+    def build(target: Path, log: Callable[[str], None]) -> None:
+        nonlocal builds
+        builds += 1
+        link = environment._link(target)
+        link.parent.mkdir(parents=True)
+        link.write_text(environment._shared_text())
+        if builds == 3:
+            raise EnvironmentMissingError("no index")
+        (target / environment.STAMP).write_text(json.dumps(environment.wanted()))
+
+    monkeypatch.setattr(environment, "_build", build)
+    assert environment.setup()["built"] and environment.problem() is None
+    assert not environment.setup()["built"] and builds == 1
+    assert environment.setup(force=True)["built"] and builds == 2
+    with pytest.raises(EnvironmentMissingError):
+        environment.setup(force=True)
+    assert environment.problem() is None
+    (environment.folder() / environment.STAMP).write_text(json.dumps({**environment.wanted(), "torch": "1.0"}))
+    assert "torch was 1.0" in (environment.problem() or "")
+    environment._link(environment.folder()).write_text("/gone\n")
+    assert environment.problem() is not None
+    assert environment.setup()["built"] and environment.remove() and environment.problem() == "is not installed"
+
+
+def test_workers_have_no_network(vbench_environment: Path) -> None:
+    with pytest.raises(PermissionError):
+        worker.refuse_network("socket.connect", (None, ("192.0.2.1", 80)))
+    worker.refuse_network("socket.connect", (None, "/run/a.socket"))
+    worker.refuse_network("open", ("x",))
+    environment_variables = runner._environment()
+    assert environment_variables["https_proxy"] == environment_variables["HTTP_PROXY"] == "http://127.0.0.1:9"
+    assert environment_variables["HF_HUB_OFFLINE"] == "1"
+
+
+def test_pins_are_exact() -> None:
+    pins = environment.pins()
+    assert pins[0].startswith("setuptools==") and all("==" in pin and "//" not in pin for pin in pins)
+    assert "vbench==0.1.5" in pins
