@@ -124,6 +124,7 @@ class Checkpoint:
         self.kind: Literal["teacher", "student"] = "teacher" if student is None else "student"
         self.ref, self.name, self.hash = ref, name, hash
         self.base, self.spec, self.student = base, spec, student
+        self._text: dict[str, Tensor] = {}
 
     def settings(self, m: int | None = None, n: int | None = None, guidance: float | None = None) -> dict[str, Any]:
         """All that decides what :meth:`sample` makes, beside prompts and seeds; None stands for the default.
@@ -199,7 +200,9 @@ class Checkpoint:
         settings = self.settings(m, n, guidance)
         noise = VideoNoise(seeds, base.latent_shape)
         x1 = noise.draw().to(base.device)
-        text = base.encode_prompts(prompts)
+        guide = self.kind == "teacher" and settings["guidance"] > 1
+        texts = self._encode([*prompts, base.negative_prompt] if guide else prompts)
+        text = texts[: len(prompts)]
         if self.student is not None and self.spec is not None:
             if outer_grid is not None and m not in (None, len(outer_grid) - 1):
                 raise ConfigError(f"M is {m}, but the outer grid has {len(outer_grid) - 1} steps; give one of the two.")
@@ -208,10 +211,16 @@ class Checkpoint:
         elif outer_grid is not None:
             raise ConfigError("An outer grid is for students; a teacher's times come from its scheduler.")
         else:
-            w = settings["guidance"]
-            negative = base.encode_prompts([base.negative_prompt]) if w > 1 else None
-            latents = sample_teacher(base, text, negative, x1, settings["m"], w)
+            negative = texts[len(prompts) :] if guide else None
+            latents = sample_teacher(base, text, negative, x1, settings["m"], settings["guidance"])
         return base.decode(latents).cpu()
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings; those of the last call are kept, so neighbouring batches do not repeat the work."""
+        lacking = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text]
+        new = dict(zip(lacking, self.base.encode_prompts(lacking), strict=True)) if lacking else {}
+        self._text = {prompt: new[prompt] if prompt in new else self._text[prompt] for prompt in prompts}
+        return torch.stack([self._text[prompt] for prompt in prompts])
 
 
 def open_checkpoint(

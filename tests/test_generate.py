@@ -88,6 +88,24 @@ def test_each_video_is_the_sampler_s_for_its_prompt_and_seed(model: Checkpoint, 
     assert not list(tmp_path.glob("**/.tmp-*"))
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_each_text_is_encoded_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance: float
+) -> None:
+    model = open_checkpoint(folder)
+    encode, seen = model.base.encode_prompts, []
+
+    def counted(texts: list[str]) -> Any:
+        seen.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(model.base, "encode_prompts", counted)
+    run(model, tmp_path, samples_per_prompt=5, guidance=guidance, m=1)
+    negative = [model.base.negative_prompt] if guidance > 1 else []
+    # the one more "" loads the text encoder before the clock starts; it is the negative prompt of the tiny model too
+    assert sorted(seen) == sorted([*PROMPTS.prompts, "", *negative])
+
+
 def test_vbench_names_and_seeds(model: Checkpoint, tmp_path: Path) -> None:
     chosen = PromptSet(name="vbench", prompts=("a red.", "blue"), named_by_prompt=True)
     rows = manifest(generate_run(model, chosen, tmp_path, m=1, samples_per_prompt=2, seed=3))
