@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from students.micro.train_vae import save_atomically
-from students.micro.world import all_attributes, make_clip
+from students.micro.artifacts import save_atomically, write_provenance
+from students.micro.world import FPS, FRAMES, SIZE, all_attributes, make_clip
 
 TEXT_LENGTH = 16
+GUIDANCE = 1.5
+"""Guidance scale the teacher is used with: the best joint alignment among those that leave the Frechet distance low."""
 SHARD, NEW_SHARD_EVERY, SHARDS, SIMPLE_SHARDS = 1024, 64, 96, 28
 BATCH, RATE, WARM_UP, EMA, DROPOUT, SHIFT, SEED = 32, 1.5e-3, 100, 0.9995, 0.1, 3.0, 11
 
@@ -182,15 +185,21 @@ def main() -> None:
                     json.dumps({"step": step + 1, "loss": smooth, "seconds": seconds + time.time() - begin}) + "\n"
                 )
             save_pipeline(average.module, vae, tokenizer, args.out)
+            write_provenance("teacher", args.out, seconds + time.time() - begin, {"step": step + 1, "loss": smooth})
 
 
-def save_pipeline(model: torch.nn.Module, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """The averaged weights as a folder that ``WanPipeline.from_pretrained`` loads."""
+def save_pipeline(model: Any, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """The averaged weights as a folder that ``WanPipeline.from_pretrained`` loads, with the world's facts beside."""
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
     WanPipeline(
         tokenizer=tokenizer, text_encoder=model["text_encoder"], vae=vae, transformer=model["transformer"],
         scheduler=scheduler,
     ).save_pretrained(out)  # fmt: skip
+    facts = {
+        "text_length": TEXT_LENGTH, "negative_prompt": "", "frames": FRAMES, "height": SIZE, "width": SIZE, "fps": FPS,
+        "guidance": GUIDANCE, "flow_shift": SHIFT,
+    }  # fmt: skip
+    (out / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":
