@@ -144,6 +144,35 @@ def ranks(results: list[Result], by: Display | None) -> dict[int, str]:
     return {row: f"{a}" if a == b else f"{a}\u2013{b}" for row, (a, b) in zip(ids, ranges, strict=True)}
 
 
+METHODS = {"tmd": "TMD", "tm-mf": "TM-MF", "dmd2-v": "DMD2-v", "rcm": "rCM", "kd": "KD"}
+"""Methods with a marker of their own, and how they are written."""
+
+
+def method_key(method: str) -> str:
+    """A method's name as ``METHODS`` has it: lower case, with hyphens."""
+    return method.lower().replace("_", "-").replace(" ", "-")
+
+
+def method_label(method: str) -> str:
+    """A method as people write it."""
+    return METHODS.get(method_key(method), method)
+
+
+def default_name(*, role: str, method: str, base: str, m: int | None, n: int | None, h: int | None) -> str:
+    """The name of a row nobody named: the paper's for students (M said separately), the base model's otherwise.
+
+    >>> default_name(role="student", method="tmd", base="micro", m=2, n=4, h=5)
+    'TMD-N4H5, M = 2'
+    >>> default_name(role="undistilled", method="teacher", base="Wan-AI/Wan2.1-T2V-1.3B", m=2, n=None, h=None)
+    'Wan2.1-T2V-1.3B undistilled, 2 steps'
+    """
+    if role == "student":
+        head = f"-N{n}H{h}" if n is not None and h is not None else ""
+        return method_label(method) + head + (f", M = {m}" if m is not None else "")
+    steps = "" if m is None else f", {m} step{'s' if m != 1 else ''}"
+    return f"{base.rstrip('/').rsplit('/', 1)[-1]} {role}{steps}"
+
+
 def count(value: float | int | None) -> str:
     """A number of steps or evaluations, without needless decimals: 50, 1.25."""
     return NONE if value is None else f"{value:.4g}"

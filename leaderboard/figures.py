@@ -15,17 +15,18 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from leaderboard.display import Display, count
+from leaderboard.display import Display, count, method_key
 from leaderboard.models import Metric, Result
 
 INK, MUTED, LINE = "#1b1f24", "#5b6570", "#dde2e7"
 _STYLES = {
     "tmd": ("o", "#0072b2"),
+    "tm-mf": ("o", "#56b4e9"),
     "dmd2-v": ("^", "#d55e00"),
     "rcm": ("D", "#009e73"),
     "kd": ("v", "#cc79a7"),
 }
-_OTHERS = (("P", "#e69f00"), ("X", "#56b4e9"), ("*", "#cc79a7"))
+_OTHERS = (("P", "#e69f00"), ("X", "#e69f00"), ("*", "#e69f00"))
 _CSS = {"#ffffff": "var(--card)", INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)"} | {
     color: f"var(--c-{color[1:]})" for color in (*(c for _, c in _STYLES.values()), *(c for _, c in _OTHERS))
 }
@@ -184,13 +185,13 @@ def _style(result: Result, unknown: Sequence[str]) -> dict[str, Any]:
         return {"marker": "s", "color": INK, "markerfacecolor": INK}
     if result.role == "undistilled":
         return {"marker": "s", "color": MUTED, "markerfacecolor": "white"}
-    method = result.method.lower()
+    method = method_key(result.method)
     marker, color = _STYLES.get(method) or _OTHERS[unknown.index(method) % len(_OTHERS)]
     return {"marker": marker, "color": color, "markerfacecolor": color}
 
 
 def _draw(axes: Any, points: Sequence[tuple[Result, Metric]], display: Display) -> None:
-    unknown = sorted({r.method.lower() for r, _ in points if r.role == "student"} - set(_STYLES))
+    unknown = sorted({method_key(r.method) for r, _ in points if r.role == "student"} - set(_STYLES))
     for result, metric in points:
         x, y = float(result.effective_nfe or 1), _scale(display, metric.value)
         low, high = _ends(display, metric)

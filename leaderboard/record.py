@@ -14,6 +14,7 @@ import yaml
 from sqlalchemy import select
 
 from leaderboard.database import writing
+from leaderboard.display import default_name
 from leaderboard.errors import LeaderboardError
 from leaderboard.models import ROLES, Metric, Result
 
@@ -55,7 +56,7 @@ def record_run(db_url: str | None, run: Path, *, name: str | None = None) -> int
     Args:
         db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
         run: folder with config.yaml, manifest.jsonl and, once scored, scores/summary.json.
-        name: name people see; by default the checkpoint's.
+        name: name people see; by default that of the method and its steps (``display.default_name``).
 
     Returns:
         The row's id.
@@ -98,7 +99,6 @@ def read_run(run: Path, *, name: str | None = None) -> tuple[dict[str, Any], lis
     seconds = [float(row["seconds"]) for row in manifest if row.get("seconds") is not None]
     columns: dict[str, Any] = {
         "source": "measured",
-        "name": name or _need(checkpoint, "name", str, path),
         "role": role,
         "method": _need(checkpoint, "method", str, path),
         **{key: _maybe(checkpoint, key, int, path) for key in ("m", "n", "h", "blocks")},
@@ -128,6 +128,11 @@ def read_run(run: Path, *, name: str | None = None) -> tuple[dict[str, Any], lis
         "manifest_sha256": hashlib.sha256((run / "manifest.jsonl").read_bytes()).hexdigest(),
         "run": str(run.resolve()),
     }
+    base = checkpoint.get("base")
+    columns["name"] = name or default_name(
+        base=str(base["ref"] if isinstance(base, dict) else base or checkpoint.get("name")),
+        **{key: columns[key] for key in ("role", "method", "m", "n", "h")},
+    )
     identity = json.dumps([columns[key] for key in IDENTITY], default=str)
     columns["key"] = hashlib.sha256(identity.encode()).hexdigest()
     return columns, _metrics(run / "scores" / "summary.json")

@@ -222,6 +222,9 @@ def _environment() -> Environment:
         "passes": display.passes,
         "NONE": display.NONE,
         "REAL": display.REAL,
+        "METHODS": display.METHODS,
+        "method_key": display.method_key,
+        "method_label": display.method_label,
     }
     environment.filters |= {
         "seconds": display.seconds,

@@ -39,21 +39,23 @@ from tmd_eval.commands.leaderboard import app
 from tmd_eval.video import write_video
 
 HOSTILE = "a <script>alert('&amp;')</script> | ```../../etc``` \"quoted\""
+TEACHER, UNDISTILLED, STUDENT = "micro teacher, 50 steps", "micro undistilled, 2 steps", "TMD-N2H2, M = 2"
+"""Names the rows get when nobody names them."""
 MODELS: dict[str, dict[str, Any]] = {
-    "Teacher": {
+    TEACHER: {
         "role": "teacher", "method": "teacher", "m": 50, "n": None, "h": None,
         "effective_nfe": 50.0, "forward_passes": 100.0, "guidance": 2.0,
     },
-    "Teacher, 2 steps": {
+    UNDISTILLED: {
         "role": "undistilled", "method": "teacher", "m": 2, "n": None, "h": None,
         "effective_nfe": 2.0, "forward_passes": 4.0, "guidance": 2.0,
     },
-    "TMD-N2H2": {
+    STUDENT: {
         "role": "student", "method": "tmd", "m": 2, "n": 2, "h": 2,
         "effective_nfe": 2.4, "forward_passes": 2.4, "guidance": 1.0,
     },
 }  # fmt: skip
-JOINT = {"Teacher": 0.91, "Teacher, 2 steps": 0.22, "TMD-N2H2": 0.84}
+JOINT = {TEACHER: 0.91, UNDISTILLED: 0.22, STUDENT: 0.84}
 PROMPTS = 4
 
 
@@ -61,7 +63,7 @@ def make_run(
     root: Path, name: str, *, prompts: int = PROMPTS, completeness: float = 1.0, caption: str | None = None
 ) -> Path:
     """A run folder as ``tmd-eval generate`` and the micro judges leave it, with real rendered clips."""
-    run = root / name.replace(" ", "-")
+    run = root / name.replace(" ", "")
     (run / "videos").mkdir(parents=True)
     (run / "scores").mkdir()
     rows = []
@@ -84,7 +86,7 @@ def make_run(
         "command": f"tmd-eval generate --ckpt '{name}'", "code_revision": "0123456789" * 4, "device": "a CPU",
         "packages": {"torch": "2.14.1", "diffusers": "0.42.1"}, "created": "2026-11-20T10:00:00+00:00",
         "checkpoint": {
-            **MODELS[name], "blocks": 10, "sampler": "Algorithm 1", "text_length": 16, "name": name,
+            **MODELS[name], "blocks": 10, "sampler": "Algorithm 1", "text_length": 16, "name": "folder",
             "ref": f"out/{name}", "hash": hashlib.sha256(name.encode()).hexdigest(),
             "base": {"ref": "micro", "hash": "b" * 64, "revision": None},
         },
@@ -131,7 +133,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Path
 
 def test_a_row_holds_what_the_run_says(board: tuple[str, dict[str, Path]]) -> None:
     db, runs = board
-    row = next(r for r in load(db) if r.name == "TMD-N2H2")
+    row = next(r for r in load(db) if r.name == STUDENT)
     assert (row.role, row.method, row.m, row.n, row.h, row.blocks) == ("student", "tmd", 2, 2, 2, 10)
     assert (row.effective_nfe, row.forward_passes, row.guidance) == (2.4, 2.4, 1.0)
     assert (row.height, row.width, row.frames, row.fps, row.dtype) == (32, 32, 9, 8.0, "float32")
@@ -139,7 +141,7 @@ def test_a_row_holds_what_the_run_says(board: tuple[str, dict[str, Path]]) -> No
     assert row.seeds == [7] and row.videos == PROMPTS and row.batch_size == 16
     assert row.created.isoformat() == "2026-11-20T10:00:00+00:00"
     assert row.base == "micro, sha256 " + "b" * 64
-    manifest = (runs["TMD-N2H2"] / "manifest.jsonl").read_bytes()
+    manifest = (runs[STUDENT] / "manifest.jsonl").read_bytes()
     assert row.manifest_sha256 == hashlib.sha256(manifest).hexdigest()
     joint = row.metric("alignment_joint")
     assert joint is not None and (joint.value, joint.n, joint.metric_version) == (0.84, 4, "micro-judge-1")
@@ -147,7 +149,7 @@ def test_a_row_holds_what_the_run_says(board: tuple[str, dict[str, Path]]) -> No
 
 
 def test_recording_again_updates_the_same_row(tmp_path: Path) -> None:
-    run, db = make_run(tmp_path, "Teacher"), str(tmp_path / "r.db")
+    run, db = make_run(tmp_path, TEACHER), str(tmp_path / "r.db")
     first = record_run(db, run)
     (run / "scores" / "summary.json").write_text(
         json.dumps(
@@ -168,7 +170,7 @@ def test_recording_again_updates_the_same_row(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_fills_in_its_row_and_another_run_gets_its_own(tmp_path: Path) -> None:
-    run, db = make_run(tmp_path, "Teacher"), str(tmp_path / "r.db")
+    run, db = make_run(tmp_path, TEACHER), str(tmp_path / "r.db")
     manifest = (run / "manifest.jsonl").read_text()
     (run / "scores" / "summary.json").rename(tmp_path / "kept.json")
     (run / "manifest.jsonl").write_text("".join(manifest.splitlines(keepends=True)[:2]) + '{"video": "half')
@@ -200,7 +202,7 @@ def test_an_unfinished_run_fills_in_its_row_and_another_run_gets_its_own(tmp_pat
     ],
 )
 def test_a_damaged_run_is_refused_in_one_sentence(tmp_path: Path, damage: Any, message: str) -> None:
-    run = make_run(tmp_path, "Teacher", prompts=1)
+    run = make_run(tmp_path, TEACHER, prompts=1)
     damage(run)
     with pytest.raises(LeaderboardError, match=message) as error:
         record_run(str(tmp_path / "r.db"), run)
@@ -208,7 +210,7 @@ def test_a_damaged_run_is_refused_in_one_sentence(tmp_path: Path, damage: Any, m
 
 
 def test_a_score_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "Teacher", prompts=1)
+    run = make_run(tmp_path, TEACHER, prompts=1)
     entry = {"n": 1, "value": float("nan"), "completeness": 1, "metric_version": "1", "weight_hashes": {}}
     (run / "scores" / "summary.json").write_text(json.dumps({"frechet": entry}))
     with pytest.raises(LeaderboardError, match="nan is not a finite number"):
@@ -254,7 +256,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     db = str(tmp_path / "r.db")
-    record_run(db, make_run(tmp_path, "Teacher", prompts=1))
+    record_run(db, make_run(tmp_path, TEACHER, prompts=1))
     with pytest.raises(RuntimeError), writing(db) as session:
         session.delete(session.scalars(select(Result)).one())
         session.flush()
@@ -266,7 +268,7 @@ def test_processes_that_open_and_record_at_once_all_succeed(tmp_path: Path) -> N
     db = str(tmp_path / "r.db")
     runs = []
     for i in range(4):
-        run = make_run(tmp_path / str(i), "Teacher", prompts=1)
+        run = make_run(tmp_path / str(i), TEACHER, prompts=1)
         edit(run / "config.yaml", seed=i)
         runs.append(run)
     code = "import sys; from pathlib import Path; from leaderboard.record import record_run; "
@@ -335,21 +337,21 @@ def test_rank_ranges_hold_the_true_rank(pairs: list[tuple[float, float]], random
 
 def test_an_incomplete_row_is_shown_flagged_and_never_ranked(tmp_path: Path) -> None:
     db = str(tmp_path / "r.db")
-    record_run(db, make_run(tmp_path, "Teacher, 2 steps", prompts=1))
-    record_run(db, make_run(tmp_path, "Teacher", prompts=1, completeness=0.99))  # the better one
+    record_run(db, make_run(tmp_path, UNDISTILLED, prompts=1))
+    record_run(db, make_run(tmp_path, TEACHER, prompts=1, completeness=0.99))  # the better one
     rows = load(db)
     by = primary([])
     assert by is None
     page = build_report(db, tmp_path / "report", command="c", clips={}).read_text()
     assert page.count("incomplete</span>") == 2  # in the table and under provenance
     table = (tmp_path / "report" / "leaderboard.md").read_text()
-    assert re.search(r"^\| 1 \| Teacher, 2 steps \|.*\n\| \u2013 \| Teacher \(incomplete\) \|", table, re.M)
+    assert re.search(rf"^\| 1 \| {UNDISTILLED} \|.*\n\| \u2013 \| {TEACHER} \(incomplete\) \|", table, re.M)
     svg = (tmp_path / "report" / "figures" / "quality.svg").read_text()
-    assert ">Teacher, 2 steps<" in svg and ">Teacher<" not in svg
+    assert f">{UNDISTILLED}<" in svg and f">{TEACHER}<" not in svg
     from leaderboard.display import displays
 
     by = primary(displays(rows))
-    assert by is not None and [row.name for row in ordered(rows, by)] == ["Teacher, 2 steps", "Teacher"]
+    assert by is not None and [row.name for row in ordered(rows, by)] == [UNDISTILLED, TEACHER]
     assert list(ranks(rows, by).values()) == ["1"]
 
 
@@ -366,7 +368,7 @@ def test_report_json_is_the_contract(board: tuple[str, dict[str, Path]], tmp_pat
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert list(report) == ["command", "code_revision", "device", "seeds", "rows"]
     assert (report["command"], report["device"], report["seeds"]) == ("tmd-eval quickstart", "a CPU", [7])
-    assert [row["name"] for row in report["rows"]] == ["Teacher", "TMD-N2H2", "Teacher, 2 steps"]
+    assert [row["name"] for row in report["rows"]] == [TEACHER, STUDENT, UNDISTILLED]
     student = report["rows"][1]
     assert " ".join(student) == "name role method m n h effective_nfe seconds_per_video metrics"
     assert student["metrics"]["alignment_joint"] == {"value": 0.84, "low": 0.84 - 0.03, "high": 0.84 + 0.03, "n": 4}
@@ -433,7 +435,7 @@ def test_the_page_is_self_contained(board: tuple[str, dict[str, Path]], tmp_path
 
 def test_the_sheet_shows_the_first_prompts_that_all_rows_share(tmp_path: Path) -> None:
     db = str(tmp_path / "r.db")
-    runs = [make_run(tmp_path, "Teacher", prompts=3), make_run(tmp_path, "TMD-N2H2", prompts=5)]
+    runs = [make_run(tmp_path, TEACHER, prompts=3), make_run(tmp_path, STUDENT, prompts=5)]
     ids = [record_run(db, run) for run in runs]
     (runs[1] / "videos" / "00001-0.mp4").unlink()
     captions = [make_clip((3, line), held_out=True)[0] for line in range(5)]
@@ -460,10 +462,10 @@ def test_clips_keep_their_pixels(board: tuple[str, dict[str, Path]]) -> None:
     from tmd_eval.video import read_video
 
     db, runs = board
-    row = next(r for r in load(db) if r.name == "Teacher")
-    sheet = contact_sheet([row], {row.id: runs["Teacher"]})
+    row = next(r for r in load(db) if r.name == TEACHER)
+    sheet = contact_sheet([row], {row.id: runs[TEACHER]})
     assert sheet is not None and sheet.common == PROMPTS
-    frames, _ = read_video(runs["Teacher"] / "videos" / "00000-0.mp4")
+    frames, _ = read_video(runs[TEACHER] / "videos" / "00000-0.mp4")
     clip = sheet.rows[0][1][0]
     moving = Image.open(io.BytesIO(base64.b64decode(clip.moving.split(",")[1])))
     assert (moving.n_frames, moving.size, moving.info["loop"]) == (9, (32, 32), 0)
@@ -502,8 +504,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report whose name, prompt, command and title try to break out of their places."""
     root = tmp_path_factory.mktemp("hostile")
     db = str(root / "r.db")
-    record_run(db, make_run(root, "TMD-N2H2", caption=HOSTILE), name=f"TMD $x_$ {HOSTILE}")
-    record_run(db, make_run(root, "Teacher", caption=HOSTILE))
+    record_run(db, make_run(root, STUDENT, caption=HOSTILE), name=f"TMD $x_$ {HOSTILE}")
+    record_run(db, make_run(root, TEACHER, caption=HOSTILE))
     return build_report(db, root / "report", title=HOSTILE, command=HOSTILE)
 
 
@@ -533,8 +535,8 @@ def test_a_browser_shows_the_page_without_errors(hostile: Path, tmp_path: Path) 
 
 def test_rows_on_other_prompts_are_kept_apart(tmp_path: Path) -> None:
     db = str(tmp_path / "r.db")
-    record_run(db, make_run(tmp_path, "Teacher", prompts=1))
-    other = make_run(tmp_path, "TMD-N2H2", prompts=1)
+    record_run(db, make_run(tmp_path, TEACHER, prompts=1))
+    other = make_run(tmp_path, STUDENT, prompts=1)
     edit(other / "config.yaml", prompts={"name": "my prompts.txt", "sha256": "e" * 64, "count": 1})
     record_run(db, other)
     page = build_report(db, tmp_path / "report", command="c").read_text()
@@ -559,7 +561,7 @@ def call(*arguments: str) -> str:
 
 
 def test_add_show_build(tmp_path: Path) -> None:
-    db, run = str(tmp_path / "r.db"), make_run(tmp_path, "Teacher", prompts=1)
+    db, run = str(tmp_path / "r.db"), make_run(tmp_path, TEACHER, prompts=1)
     assert json.loads(call("add", str(run), "--db", db, "--json")) == {"row": 1}
     assert call("add", str(run), "--name", "Base", "--db", db) == "row 1\n"
     assert call("build", "--out", str(tmp_path / "report"), "--db", db) == f"{tmp_path}/report/index.html\n"
@@ -570,10 +572,10 @@ def test_show_filters_and_sorts(board: tuple[str, dict[str, Path]]) -> None:
     db, _ = board
     names = lambda *arguments: [r["name"] for r in json.loads(call("show", "--db", db, "--json", *arguments))]  # noqa: E731
     assert names() == list(MODELS)
-    assert names("--sort=-alignment_joint") == ["Teacher", "TMD-N2H2", "Teacher, 2 steps"]
-    assert names("--sort", "frechet") == ["Teacher", "TMD-N2H2", "Teacher, 2 steps"]
-    assert names("--sort", "n") == ["TMD-N2H2", "Teacher", "Teacher, 2 steps"]  # rows without N last
-    assert names("--where", "role=student", "--where", "m=2") == ["TMD-N2H2"]
+    assert names("--sort=-alignment_joint") == [TEACHER, STUDENT, UNDISTILLED]
+    assert names("--sort", "frechet") == [TEACHER, STUDENT, UNDISTILLED]
+    assert names("--sort", "n") == [STUDENT, TEACHER, UNDISTILLED]  # rows without N last
+    assert names("--where", "role=student", "--where", "m=2") == [STUDENT]
     assert names("--where", "flags=incomplete") == []
     table = call("show", "--db", db).splitlines()
     assert len(table) == 4 and "0.840 [0.810, 0.870]" in table[3]

@@ -22,7 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def add(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with config.yaml, manifest.jsonl and scores.")],
-    name: Annotated[str | None, typer.Option(help="Name people see; by default the checkpoint's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name people see; by default such as TMD-N2H2, M = 2.")] = None,
     db: Database = None,
     as_json: Json = False,
 ) -> None:
