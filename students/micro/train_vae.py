@@ -46,7 +46,7 @@ def batch_of_clips(seed: int, step: int, size: int = BATCH, *, held_out: bool = 
 def split_parameters(
     vae: AutoencoderKLWan,
 ) -> tuple[list[tuple[torch.nn.Parameter, torch.nn.Parameter]], list[torch.nn.Parameter]]:
-    """Convolution kernels, each with a matrix (out, in * kernel) that shares its memory, for Muon; all other parameters."""
+    """Convolution kernels with a matrix (out, in * kernel) sharing their memory, for Muon; and all other parameters."""
     kernels = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[:2]) > 1 and p[0].numel() > 1]
     chosen = {id(p) for p in kernels}
     pairs = [(p, torch.nn.Parameter(p.data.flatten(1))) for p in kernels]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Record runs in the database, show its rows, build the report.")
+app = typer.Typer(no_args_is_help=True, help="Record runs in the database, show its rows, build the report.\n\nStart with: tmd-eval leaderboard add RUN")
 
 Database = Annotated[
     str | None,
