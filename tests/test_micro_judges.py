@@ -12,7 +12,7 @@ from students.micro import world
 from students.micro.world import Attributes, make_clip, parse_caption, render, sample_scene
 from tmd_eval.micro_judges import compare, judge, read_attributes
 
-COUNT = 300
+COUNT = 240
 OPTIONS = {
     "color": list(world.HUES),
     "shape": list(world.SHAPES),
@@ -109,12 +109,12 @@ def test_stills_smears_noise_and_plain_clips_are_not_jointly_right(real: list[tu
         reading = read_attributes(clip)
         assert not any(compare(reading, stated)["joint"] for stated, _ in real), name
         assert not any(body.shape for body in reading.bodies), name
-    for stated, clip in real[:64]:
+    for stated, clip in real[:40]:
         still = judge(np.repeat(clip[4:5], 9, axis=0), stated.caption)
         assert not still["direction"] and not still["speed"] and still["background"] and still["count"]
         backwards = judge(clip[::-1], stated.caption)
         assert not backwards["direction"] and backwards["speed"] and backwards["shape"]
-    smeared = [judge(gaussian_filter(clip, (0, 3, 3, 0)), stated.caption)["shape"] for stated, clip in real]
+    smeared = [judge(gaussian_filter(clip, (0, 3, 3, 0)), stated.caption)["shape"] for stated, clip in real[:64]]
     assert np.mean(smeared) <= 0.05
 
 

@@ -34,12 +34,14 @@ LAYOUT = 32
 SURFACE = (
     "luminance mean", "luminance std", "luminance 1 %", "luminance 99 %",
     "chroma mean", "chroma 50 %", "chroma 95 %", "chroma 99 %", "share of pixels with chroma above 0.42",
-    "share of channels within 1 % of 0 or 1", "saturation (chroma over largest channel) 95 %",
+    "log share of channels within 1 % of 0 or 1", "saturation (chroma over largest channel) 95 %",
     "gradient mean", "gradient 95 %", "log energy of the Laplacian over that of the gradient",
-    "difference in time mean", "difference in time 99 %",
+    "log difference in time", "difference in time 99 %",
 )  # fmt: skip
 """Luminance: mean of RGB. Chroma: max - min of RGB. Gradient: length of the luminance step to the right and down
-neighbour. Difference in time: absolute, between frames, mean of RGB. Percentages are quantiles over all pixels."""
+neighbour. Difference in time: absolute, between frames, mean of RGB. Percentages are quantiles over all pixels; "share"
+and "difference in time" are means. Logarithms of shares and differences are of (x + 0.01): real clips have so little of
+these two that on a plain scale a change nobody sees would outweigh all else."""
 
 
 def _as_float(clips: np.ndarray) -> np.ndarray:
@@ -54,23 +56,24 @@ def _layout(clip: np.ndarray) -> np.ndarray:
 
 
 def _surface(clip: np.ndarray) -> np.ndarray:
-    luminance = clip.mean(-1)
-    top = clip.max(-1)
-    chroma = top - clip.min(-1)
+    red, green, blue = np.moveaxis(clip, -1, 0).copy()  # channel by channel: numpy is slow over a last axis of 3
+    luminance = (red + green + blue) / 3
+    top = np.maximum(np.maximum(red, green), blue)
+    chroma = top - np.minimum(np.minimum(red, green), blue)
     saturation = chroma / np.maximum(top, 0.05)
     right, down = np.diff(luminance, axis=2)[:, :-1], np.diff(luminance, axis=1)[:, :, :-1]
     gradient = np.hypot(right, down)
     inner = luminance[:, 1:-1, 1:-1]
     around = luminance[:, :-2, 1:-1] + luminance[:, 2:, 1:-1] + luminance[:, 1:-1, :-2] + luminance[:, 1:-1, 2:]
     sharpness = np.log(((around - 4 * inner) ** 2).mean() + 1e-6) - np.log((gradient**2).mean() + 1e-6)
-    change = np.abs(np.diff(clip, axis=0)).mean(-1)
+    change = sum(np.abs(np.diff(channel, axis=0)) for channel in (red, green, blue)) / np.float32(3)
     return np.array(
         [
             luminance.mean(), luminance.std(), *np.quantile(luminance, [0.01, 0.99]),
             chroma.mean(), *np.quantile(chroma, [0.5, 0.95, 0.99]), (chroma > 0.42).mean(),
-            ((clip < 0.01) | (clip > 0.99)).mean(), np.quantile(saturation, 0.95),
+            np.log(((clip < 0.01) | (clip > 0.99)).mean() + 0.01), np.quantile(saturation, 0.95),
             gradient.mean(), np.quantile(gradient, 0.95), sharpness,
-            change.mean(), np.quantile(change, 0.99),
+            np.log(change.mean() + 0.01), np.quantile(change, 0.99),
         ]
     )  # fmt: skip
 
