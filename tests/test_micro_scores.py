@@ -22,7 +22,7 @@ from tmd_eval.micro_judges import read_attributes
 from tmd_eval.micro_scores import mean_interval, score_run
 from tmd_eval.video import write_video
 
-N = 192
+N = 160
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ CAPTIONS = (
     "a green cross moves up slowly on a shaded background",
     "a cyan triangle moves right slowly below a red cross on a striped background",
 )
-PER_PROMPT = 12
+PER_PROMPT = 8
 
 
 def _table(seed: int, collapse: object = None, modes: int = 1) -> tuple[np.ndarray, np.ndarray]:
