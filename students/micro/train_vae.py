@@ -1,11 +1,11 @@
-"""Train the micro world's AutoencoderKLWan: clips of 9 x 32 x 32 pixels to latents (16, 3, 4, 4).
+"""Train the micro world's AutoencoderKLWan: clips of 5 x 32 x 32 pixels to latents (8, 3, 8, 8).
 
     python -m students.micro.train_vae --work ~/tmd-work/vae --out students/micro/weights
 
 Resumes from the last checkpoint in ``--work``; every step draws its clips from (seed, step), so a resumed run sees the
 same data. Loss: absolute and squared error, weighted up where the clip is colourful (objects fill a twentieth of it),
 + ``KL`` x mean KL divergence to N(0, 1) per latent element. Small batches learn faster than large
-ones here, and single frames (which Wan's VAE encodes as clips of length 1) teach the convolutions space at a ninth of
+ones here, and single frames (which Wan's VAE encodes as clips of length 1) teach the convolutions space at a fifth of
 the cost, so the first ``IMAGE_STEPS`` steps see frames, the rest clips.
 The mean and standard deviation of each latent channel are measured at the end and saved in the VAE's config, as in Wan.
 """
@@ -24,21 +24,21 @@ from tqdm import tqdm
 from students.micro.artifacts import save_atomically, write_provenance
 from students.micro.world import FRAMES, make_clip
 
-IMAGE_STEPS, IMAGE_BATCH, STEPS, BATCH = 2000, 4, 5500, 2
+IMAGE_STEPS, IMAGE_BATCH, STEPS, BATCH = 2000, 4, 6000, 2
 RATE, WARM_UP, KL, OBJECTS, SEED = 2e-3, 100, 1e-3, 6.0, 1
 
 
 def build() -> AutoencoderKLWan:
-    """A Wan VAE of 2.6M parameters: patch 2, then twice down in space (8 x in all), twice in time (4 x)."""
+    """A small Wan VAE: patches of 2 x 2 pixels, then once down in space (4 x in all) and in time (2 x)."""
     return AutoencoderKLWan(
-        base_dim=32, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[True, True],
-        patch_size=2, in_channels=12, out_channels=12, scale_factor_temporal=4, scale_factor_spatial=8,
-        latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
+        base_dim=32, z_dim=8, dim_mult=[1, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[True],
+        patch_size=2, in_channels=12, out_channels=12, scale_factor_temporal=2, scale_factor_spatial=4,
+        latents_mean=[0.0] * 8, latents_std=[1.0] * 8,
     )  # fmt: skip
 
 
 def batch_of_clips(seed: int, step: int, size: int = BATCH, *, held_out: bool = False) -> torch.Tensor:
-    """Clips (size, 3, 9, 32, 32) in [-1, 1], two objects in three of four."""
+    """Clips (size, 3, 5, 32, 32) in [-1, 1], two objects in three of four."""
     clips = [make_clip((seed, step, i), held_out=held_out, two_objects=0.75)[1] for i in range(size)]
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) * 2 - 1
 

@@ -21,8 +21,8 @@ from itertools import product
 import numpy as np
 
 SIZE = 32  # height and width of a clip, pixels
-FRAMES = 9
-FPS = 8
+FRAMES = 5
+FPS = 4
 
 HUES = {"red": 0.0, "yellow": 55 / 360, "green": 120 / 360, "cyan": 180 / 360, "blue": 230 / 360, "magenta": 300 / 360}
 SHAPES = ("circle", "square", "triangle", "cross")

@@ -10,7 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Record runs in the database, show its rows, build the report.\n\nStart with: tmd-eval leaderboard add RUN")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Record runs in the database, show its rows, build the report.\n\nStart with: tmd-eval leaderboard add RUN",
+)
 
 Database = Annotated[
     str | None,
