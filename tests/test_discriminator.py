@@ -50,6 +50,16 @@ def test_frozen_strided_features_do_not_crash() -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in discriminator.parameters())
 
 
+def test_pooling_keeps_every_frame() -> None:
+    """Three frames pooled by two make two, the odd one by itself; a kernel never exceeds the map."""
+    sizes: list[tuple[int, ...]] = []
+    head = Conv3DDiscriminator(8, 1, scales=(1, 2, 8)).heads[0]
+    for branch in head.branches:
+        branch.mix.register_forward_pre_hook(lambda _, arguments: sizes.append(tuple(arguments[0].shape[2:])))
+    head(torch.randn(1, 8, 3, 4, 5))
+    assert sizes == [(3, 4, 5), (2, 2, 3), (1, 1, 1)]
+
+
 @pytest.mark.parametrize("width", [8, 32, 48])
 def test_the_mean_of_a_channel_is_seen(width: int) -> None:
     """Normalising each channel by itself would hide it, and with it colour and brightness."""

@@ -349,6 +349,21 @@ def test_gan_weight_and_r1() -> None:
     assert touched(regular.discriminator) and not touched(regular.student)
 
 
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    """Gradient checkpointing of the student and of the teacher, whose features are taken by hooks, changes nothing."""
+    method, batch = tiny_method()
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            method.student.enable_gradient_checkpointing()
+            method.teacher.enable_gradient_checkpointing()
+        method.student.zero_grad()
+        sum(method.losses(batch, 5, seeded()).values()).backward()
+        gradients.append([parameter.grad.clone() for parameter in method.student.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
 def test_determinism() -> None:
     method, batch = tiny_method()
     for iteration in (1, 5):
