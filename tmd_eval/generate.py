@@ -247,7 +247,7 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
 def make(work: Plan, *, command: str | None = None) -> int:
     """Make the missing videos of a plan; the caller holds the folder's lock.
 
-    Each batch is sampled, its videos are written and renamed into place, then their rows are appended and synced.
+    A batch is sampled; then each of its videos is written and renamed into place, and its row appended and synced.
 
     Args:
         work: what :func:`plan` found.
@@ -280,10 +280,10 @@ def make(work: Plan, *, command: str | None = None) -> int:
         done = len(work.units) - len(missing)
         with tqdm(total=len(work.units), initial=done, unit="video", desc="videos", file=sys.stderr) as bar:
             for batch in _batches(missing, work.config["batch_size"]):
-                made = _make_batch(work, batch)
-                video_set.append_rows(out, made)
-                rows |= {row["video"]: row for row in made}
-                bar.update(len(batch))
+                for row in _make_batch(work, batch):
+                    video_set.append_row(out, row)
+                    rows[row["video"]] = row
+                    bar.update()
     order = {unit.video: place for place, unit in enumerate(work.units)}
     rest = len(order)
     video_set.write_manifest(
@@ -293,8 +293,8 @@ def make(work: Plan, *, command: str | None = None) -> int:
     return len(missing)
 
 
-def _make_batch(work: Plan, batch: Sequence[Unit]) -> list[dict[str, Any]]:
-    """Sample and write one batch; the rows are for the manifest."""
+def _make_batch(work: Plan, batch: Sequence[Unit]) -> Iterator[dict[str, Any]]:
+    """Sample one batch and write its videos; the rows are for the manifest."""
     settings, base = work.settings, work.checkpoint.base
     start = time.perf_counter()
     videos = work.checkpoint.sample(
@@ -305,20 +305,16 @@ def _make_batch(work: Plan, batch: Sequence[Unit]) -> list[dict[str, Any]]:
         guidance=settings.guidance,
     )
     seconds = (time.perf_counter() - start) / len(batch)  # text encoding and decoding included, writing not
-    rows = []
     for unit, frames in zip(batch, videos.numpy(), strict=True):
         count, height, width, _ = frames.shape
         path = work.out / VIDEOS / unit.video
         digest = write_video(path, frames, base.fps, lossless=default_lossless(height, width))
-        rows.append(
-            {
-                "video": unit.video, "prompt": unit.prompt, "text": unit.prompt, "line": unit.line, "index": unit.index,
-                "seed": unit.seed, "sampler": work.config["checkpoint"]["sampler"],
-                "checkpoint_hash": work.checkpoint.hash, "key": unit.key, "frames": count, "height": height,
-                "width": width, "fps": base.fps, "sha256": digest, "seconds": round(seconds, 6),
-            }
-        )  # fmt: skip
-    return rows
+        yield {
+            "video": unit.video, "prompt": unit.prompt, "text": unit.prompt, "line": unit.line, "index": unit.index,
+            "seed": unit.seed, "sampler": work.config["checkpoint"]["sampler"],
+            "checkpoint_hash": work.checkpoint.hash, "key": unit.key, "frames": count, "height": height,
+            "width": width, "fps": base.fps, "sha256": digest, "seconds": round(seconds, 6),
+        }  # fmt: skip
 
 
 def _load(checkpoint: Checkpoint) -> None:

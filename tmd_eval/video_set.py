@@ -104,8 +104,8 @@ def planned_videos(run: Path, prompts: Sequence[str] | None = None) -> list[str]
         raise ConfigError(f"{path} does not say which videos the run is to hold ({error!r}).") from error
 
 
-def append_rows(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append finished videos to the manifest and sync it; on failure the manifest is as it was.
+def append_row(run: Path, row: Mapping[str, Any]) -> None:
+    """Append a finished video to the manifest and sync it; on failure the manifest is as it was.
 
     Raises:
         TmdError: the disk is full.
@@ -114,7 +114,7 @@ def append_rows(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
-            data = _lines(rows)
+            data = _lines([row])
             if file.write(data) != len(data):
                 file.write(data[file.tell() - before :])
             os.fsync(file.fileno())

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -104,8 +105,10 @@ def setup(*, force: bool = False, log: Callable[[str], None] = lambda _: None) -
     with _lock():
         built = force or problem() is not None
         if built:
-            building = target.with_name(target.name + ".building")
-            shutil.rmtree(building, ignore_errors=True)
+            for debris in _unfinished():
+                shutil.rmtree(debris, ignore_errors=True)
+            # a new name each time: the installer of a killed run may still be writing
+            building = target.with_name(f"{target.name}.building-{secrets.token_hex(4)}")
             _build(building, log)
             shutil.rmtree(target, ignore_errors=True)
             building.replace(target)
@@ -122,11 +125,15 @@ def remove() -> bool:
         return False
     with _lock():
         found = False
-        for path in (folder(), folder().with_name(folder().name + ".building")):
+        for path in (folder(), *_unfinished()):
             found |= path.exists()
             shutil.rmtree(path, ignore_errors=True)
     home().joinpath("vbench-env.log").unlink(missing_ok=True)
     return found
+
+
+def _unfinished() -> list[Path]:
+    return list(home().glob(folder().name + ".building-*"))
 
 
 def _build(target: Path, log: Callable[[str], None]) -> None:
