@@ -128,7 +128,11 @@ def describe(config: TrainConfig) -> str:
     ref, _, revision = str(micro_folder() if config.base == "micro" else config.base).partition("@")
     try:
         shape = WanTransformer3DModel.load_config(
-            ref, subfolder="transformer", revision=revision or None, cache_dir=cache_home() / "hub"
+            ref,
+            subfolder="transformer",
+            revision=revision or None,
+            cache_dir=cache_home() / "hub",
+            local_files_only=True,
         )
     except (OSError, ValueError):
         return "\n".join([*lines, f"networks: unknown, as the base model {config.base} is not here"])

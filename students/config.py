@@ -200,6 +200,10 @@ def resolve(layers: Iterable[Layer]) -> TrainConfig:
     if name not in METHODS:
         what = f"{source}: method.name is {name!r}" if source else "setting method.name is missing"
         raise ConfigError(f"{what}; choose one of {', '.join(METHODS)}.")
+    for key in ("m", "n"):  # here, as a method would only say that some time grid has too few steps
+        value, source = settings.get(f"method.{key}", (1, ""))
+        if isinstance(value, (int, float)) and value < 1:
+            raise ConfigError(f"{source}: method.{key} ({key.upper()}) must be at least 1, not {value}.")
     return build(TrainConfig, settings, {"method": METHODS[name]})
 
 

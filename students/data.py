@@ -197,6 +197,11 @@ def micro_folder(base: Base, config: DataConfig, *, progress: bool = True) -> Pa
     The folder's name is a key over everything its content depends on, so a changed model, seed or world never reuses
     an old one. An interrupted encoding goes on where it stopped.
     """
+    if (base.frames, base.height, base.width) != (world.FRAMES, world.SIZE, world.SIZE):
+        raise ConfigError(
+            f"data.kind is micro, whose clips have {world.FRAMES} frames of {world.SIZE}x{world.SIZE}, but base model "
+            f"{base.ref} has {base.frames} of {base.height}x{base.width}; set data.kind to shards and data.folder."
+        )
     source = {
         "clips": config.clips,
         "seed": config.seed,

@@ -66,8 +66,8 @@ def test_unknown_flag_and_environment_are_named(small: Path) -> None:
     ("flag", "message"),
     [
         ("method.name=tmmf", "choose one of tm_mf, tmd_stage2"),
-        ("method.n=0", "at least 1"),
-        ("method.m=0", "at least 1"),
+        ("method.n=0", r"--set: method\.n \(N\) must be at least 1, not 0"),
+        ("method.m=0", r"method\.m \(M\) must be at least 1"),
         ("method.gamma_outer=0.5", "at least 1"),
         ("student.h=0", r"student\.h \(H\) must be at least 1"),
         ("student.h=2.5", "student.h must be a whole number, not 2.5"),
@@ -203,3 +203,16 @@ def test_wan_examples_are_table_7() -> None:
         if isinstance(config.method, TMMFConfig):
             assert (config.method.guidance, config.method.gamma_s, config.method.matching_share) == (3, 3, 0.75)
             assert config.method.c_factor == (1e-5 if "14b" in name else 1)
+
+
+def test_the_table_of_examples_is_true() -> None:
+    """Every run has its row, with the figures its file resolves to."""
+    rows = [line for line in (EXAMPLES / "README.md").read_text().splitlines() if line.startswith("| `")]
+    cells = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[4:-1]] for row in rows}
+    assert sorted(cells) == [path.stem for path in RUNS]
+    for path in RUNS:
+        config = load_config(path, environ={})
+        m, n, h = config.method.m, config.method.n, config.student.h
+        shape, iterations, batch, rate = cells[path.stem]
+        assert shape == f"{m}, {n}, {h}" and iterations == f"{config.iterations:,}" and batch == str(config.batch)
+        assert float(rate) == config.optimiser.lr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from students import data
 from students.base import Base, load_base
 from students.data import DataConfig, LatentShards, micro_folder, stream_seed, write_index, write_shard
 from students.errors import ConfigError
-from students.micro.world import is_held_out, make_clip
+from students.micro.world import FRAMES, SIZE, is_held_out, make_clip
 from tests.tiny import tiny_pipeline
 
 SHAPE = (2, 3, 4, 4)
@@ -20,7 +21,11 @@ SHAPE = (2, 3, 4, 4)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return load_base(str(tiny_pipeline(tmp_path_factory.mktemp("pipeline"))))
+    """A tiny random model of the micro world's clips."""
+    folder = tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+    facts = json.loads((folder / "base.json").read_text())
+    (folder / "base.json").write_text(json.dumps({**facts, "frames": FRAMES, "height": SIZE, "width": SIZE}))
+    return load_base(str(folder))
 
 
 def shards(folder: Path, counts: tuple[int, ...] = (3, 4), length: int = 5) -> Path:
@@ -148,3 +153,10 @@ def test_the_cache_lies_under_tmd_eval_home(base: Base, tmp_path: Path, monkeypa
     folder = micro_folder(base, DataConfig(clips=2), progress=False)
     assert folder.parent == tmp_path / "latents"
     shutil.rmtree(folder)
+
+
+def test_micro_clips_are_for_models_of_their_size(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "frames", FRAMES + 4)
+    with pytest.raises(ConfigError, match=rf"has {FRAMES + 4} of {SIZE}x{SIZE}; set data.kind to shards"):
+        micro_folder(base, DataConfig(clips=2, cache=str(tmp_path)), progress=False)
+    assert not any(tmp_path.iterdir())

@@ -26,12 +26,15 @@ from students.checkpoint import load_student
 from students.config import TrainConfig, resolve
 from students.data import write_index, write_shard
 from students.errors import ConfigError
+from students.method import Batch
 from students.run_folder import FREE_ON_RESUME, StopRequest, resume_command
 from students.settings import Layer, flatten
+from students.tm_mf import TMMF
 from students.train import Run, optimiser, run_file, train
 from students.trainer_state import (
     Average,
     DiskFullError,
+    MetricLog,
     NonFiniteError,
     TrainingInterrupted,
     latest_state,
@@ -114,7 +117,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(world: dict[str, 
         process.start()
         while process.is_alive() and latest_state(out) == before:
             time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.1))
+        time.sleep(random.uniform(0, 0.3))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL and not (out / "checkpoint").exists()
@@ -210,6 +213,24 @@ def test_passes_are_averaged(world: dict[str, Any], tmp_path: Path) -> None:
         figures, _ = run.step(1, StopRequest())
     assert figures["grad_norm/student"] < 10  # so nothing was clipped
     torch.testing.assert_close(student.proj_out.weight.grad, sum(singles) / 2)
+
+
+def test_every_pass_has_its_own_randomness(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    losses = TMMF.losses
+
+    def noting(method: TMMF, batch: Batch, iteration: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        seeds.append(generator.initial_seed())
+        return losses(method, batch, iteration, generator)
+
+    monkeypatch.setattr(TMMF, "losses", noting)
+    train(make(world, tmp_path / "a", iterations=3, micro_batch=2), progress=False)
+    assert len(seeds) == len(set(seeds)) == 6
+    first = seeds.copy()
+    train(make(world, tmp_path / "b", iterations=3, micro_batch=2, seed=1), progress=False)
+    assert not set(first) & set(seeds[6:])
 
 
 def test_a_non_finite_loss_is_named_and_moves_nothing(world: dict[str, Any], tmp_path: Path) -> None:
@@ -356,6 +377,21 @@ def test_average_is_the_closed_form() -> None:
         expected = decay * expected + (1 - decay) * k
     average.copy_to(network)
     torch.testing.assert_close(network.weight.detach(), torch.full((1, 2), expected))
+
+
+def test_the_log_drops_what_a_killed_run_wrote_after_its_state(tmp_path: Path) -> None:
+    lines = [json.dumps({"iteration": i, "loss": 1.0}) for i in (1, 2, 3)] + ['{"iteration": 4, "lo']
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    log = MetricLog(tmp_path, after=2)
+    for loss in (1.0, 4.0):
+        log.add({"loss": loss})
+    log.add({"loss": 7.0, "rare": 2.0})
+    assert log.write(5, 1.0) == {"loss": 4.0, "rare": 2.0}
+    log.add({"loss": 0.5})
+    log.write(6, 2.0)
+    log.close()
+    assert events(tmp_path)[:2] == [json.loads(line) for line in lines[:2]]
+    assert [(e["iteration"], e["loss"]) for e in events(tmp_path)[2:]] == [(5, 4.0), (6, 0.5)]
 
 
 def test_the_checkpoint_holds_the_average_and_the_state_the_raw_weights(world: dict[str, Any], tmp_path: Path) -> None:
