@@ -3,8 +3,8 @@
 **Seeds.** Sample ``index`` of a prompt has the seed ``seed + index`` for VBench's prompts, as VBench's maintainers
 advise: all prompts share five noises. For other sets it is ``seed + index + 100000 * line``, so that no two videos of a
 set share a noise. A video made alone and the same video made in a batch may differ in the last bit of a pixel, as sums
-run in another order; nothing else depends on the batch. A student and its teacher start from the same noise for the same seed. Runs meant as independent
-repetitions need base seeds at least ``samples_per_prompt`` apart.
+run in another order; nothing else depends on the batch. A student and its teacher start from the same noise for the
+same seed. Runs meant as independent repetitions need base seeds at least ``samples_per_prompt`` apart.
 """
 
 from __future__ import annotations
