@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 from students.errors import ConfigError, IncompleteError
-from students.micro.world import Scene, make_clip, parse_caption, render, sample_scene
+from students.micro.world import FRAMES, Scene, make_clip, parse_caption, render, sample_scene
 from tests.tiny import tiny_pipeline
 from tmd_eval.commands.micro import micro
 from tmd_eval.micro_diversity import GROUPS, diversity, nuisance_table
@@ -68,7 +68,7 @@ def test_frechet_distance_rises_with_saturation_blur_and_stillness(
     assert real_to_real < saturated(1.1) < saturated(1.3) < saturated(1.6)
     assert real_to_real < blurred(0.5) < blurred(0.8) < blurred(1.5)
     assert saturated(1.3) > 3 * real_to_real and blurred(0.8) > 2 * real_to_real
-    assert distance(lambda c: np.repeat(c[:1], 9, axis=0)) > 2 * real_to_real
+    assert distance(lambda c: np.repeat(c[:1], FRAMES, axis=0)) > 2 * real_to_real
     checks = np.indices((32, 32)).sum(0)[..., None] % 2 * 0.1
     assert distance(lambda c: np.clip(c + checks, 0, 1)) > 3 * real_to_real
 
