@@ -56,6 +56,8 @@ def build_parts(config: TrainConfig, ranks: Ranks, *, progress: bool = True) -> 
     data, negative = _encoded(config, ranks, progress)
     torch.manual_seed(config.seed)
     student, parent = _student(config, base)
+    if config.gradient_checkpointing:  # the GAN term back-propagates through the frozen teacher too
+        base.transformer.enable_gradient_checkpointing()
     method = build_method(config, base.transformer, student.to(ranks.device), negative)
     for network in method.networks.values():
         network.to(ranks.device).train()

@@ -5,25 +5,23 @@ Prompts are what is resampled everywhere: clips of one caption are alike, so the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from students.errors import ConfigError, IncompleteError
 from students.micro.world import Attributes, parse_caption
-from tmd_eval.files import write_atomic, write_json
 from tmd_eval.micro_diversity import METRIC_VERSION as DIVERSITY_VERSION
 from tmd_eval.micro_diversity import diversity, nuisance_table
 from tmd_eval.micro_fidelity import METRIC_VERSION as FRECHET_VERSION
 from tmd_eval.micro_fidelity import SECOND_SEED, features, frechet_interval, real_clips
 from tmd_eval.micro_judges import METRIC_VERSION as JUDGE_VERSION
 from tmd_eval.micro_judges import Reading, compare, read_attributes
-from tmd_eval.video_set import VIDEOS, read_manifest
+from tmd_eval.scores import merge_summary, write_rows
+from tmd_eval.video_set import VIDEOS, planned_videos, read_manifest
 
 ATTRIBUTES = ("color", "shape", "direction", "speed", "background", "count", "color2", "shape2", "relation", "joint")
 MIN_FRECHET = 64  # clips; with fewer, 48 x 48 covariances say nothing
@@ -125,20 +123,6 @@ def _rows(run: Path) -> list[_Video]:
     return rows
 
 
-def _planned(run: Path) -> list[str]:
-    """Names of the videos that the run's config.yaml promises; none without one."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        return []
-    try:
-        config = yaml.safe_load(path.read_text("utf-8"))
-        count, samples = int(config["prompts"]["count"]), int(config["samples_per_prompt"])
-        limit = config.get("limit")
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} does not say how many videos the run has ({error!r}).") from error
-    return [f"{line:05d}-{index}.mp4" for line in range(count) for index in range(samples)][:limit]
-
-
 def score_run(run: Path, *, expected: int | None = None, allow_partial: bool = False) -> dict[str, dict[str, Any]]:
     """Score the videos of a run; write ``scores/<dimension>.jsonl`` and ``scores/summary.json``.
 
@@ -163,7 +147,7 @@ def score_run(run: Path, *, expected: int | None = None, allow_partial: bool = F
 
     from tmd_eval.video import read_video
 
-    planned = dict.fromkeys(_planned(run))
+    planned = dict.fromkeys(planned_videos(run))
     rows = [
         row for row in _rows(run) if row.name in planned or not planned
     ]  # videos beyond a smaller plan may lie there
@@ -190,14 +174,12 @@ def score_run(run: Path, *, expected: int | None = None, allow_partial: bool = F
             "again to make what is missing, or score what is there with --allow-partial."
         )
     summary = summarize(clips, readings, [row.prompt for row in present], len(present) / total)
-    scores = run / "scores"
-    scores.mkdir(exist_ok=True)
-    lines: dict[str, list[str]] = {}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
     for row, reading in zip(present, readings, strict=True):
         for name, right in compare(reading, row.stated).items():
             item = {"video": row.name, "value": float(right), "extra": {"prompt": row.prompt, "index": row.index}}
-            lines.setdefault(f"alignment_{name}", []).append(json.dumps(item, ensure_ascii=False))
-    for dimension, rows_of in lines.items():
-        write_atomic(scores / f"{dimension}.jsonl", "\n".join(rows_of) + "\n")
-    write_json(scores / "summary.json", summary)
+            rows_of.setdefault(f"alignment_{name}", []).append(item)
+    for dimension, items in rows_of.items():
+        write_rows(run, dimension, items)
+    merge_summary(run, summary)
     return summary

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 import shlex
-import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from students.revision import code_revision
 from tmd_eval import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "av")
@@ -56,20 +56,6 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def code_revision() -> str:
-    """The commit of the checkout this code runs from, with "+changes" if files differ; outside one, the version."""
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent), "--no-optional-locks"]
-    try:
-        # the package may be installed inside an unrelated repository, as in its .venv
-        _run([*git, "ls-files", "--error-unmatch", here.name])
-        commit = _run([*git, "rev-parse", "HEAD"]).strip()
-        changed = _run([*git, "status", "--porcelain", "--untracked-files=no"]).strip()
-    except (OSError, subprocess.SubprocessError):
-        return f"tmd-eval {__version__}"
-    return commit + ("+changes" if changed else "")
-
-
 def device_name(device: str) -> str:
     """The device as a person would name it, such as "Intel(R) Xeon(R) ... (cpu, 1 thread)"."""
     import torch
@@ -88,7 +74,3 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
