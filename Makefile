@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(VENV)/bin/tmd-eval quickstart --out quickstart
 
-test: $(STAMP)
+test: lint
 	$(VENV)/bin/python -m pytest
 
 lint: $(STAMP)

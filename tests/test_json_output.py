@@ -1,0 +1,60 @@
+"""Every ``--json`` output: its keys and types are frozen, for scripts read them (VBench's are in test_vbench)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tmd_eval.cli import app
+
+SURFACE = Path(__file__).parent / "json_surface.json"
+
+
+def shape(value: Any) -> Any:
+    """Keys and types of a JSON value; a list has the shape of its first item, numbers are one type."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return {bool: "bool", int: "number", float: "number", str: "text", type(None): "null"}[type(value)]
+
+
+def outputs(folder: Path) -> dict[str, Any]:
+    def call(*words: str) -> Any:
+        result = CliRunner().invoke(app, list(words), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return shape(json.loads(result.stdout))
+
+    run, db = str(folder / "run"), ("--db", str(folder / "board.db"))
+    micro = ("micro", "--ckpt", "micro", "--num-prompts", "2", "--m", "1")
+    return {
+        "doctor": call("doctor", "--json"),
+        "nfe": call("nfe", "--m", "2", "--n", "2", "--h", "5", "--blocks", "30", "--json"),
+        "nfe --ckpt --measure": call("nfe", "--ckpt", "micro", "--m", "1", "--measure", "--json"),
+        "generate": call(
+            "generate", "--ckpt", "micro", "--prompts", "micro", "--num-prompts", "1", "--m", "1", "--out",
+            str(folder / "other"), "--json",
+        ),
+        "micro --dry-run": call(*micro, "--out", run, "--dry-run", "--json"),
+        "micro": call(*micro, "--out", run, "--json"),
+        "leaderboard add": call("leaderboard", "add", run, *db, "--json"),
+        "leaderboard show": call("leaderboard", "show", *db, "--json"),
+        "leaderboard build": call("leaderboard", "build", "--out", str(folder / "site"), *db, "--json"),
+    }  # fmt: skip
+
+
+def test_json_outputs_are_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After a deliberate change run `python -m tests.test_json_output`."""
+    monkeypatch.chdir(tmp_path)
+    assert outputs(tmp_path) == json.loads(SURFACE.read_text())
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        SURFACE.write_text(json.dumps(outputs(Path(name)), indent=1) + "\n")
