@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from students.micro.world import FRAMES, Attributes, make_clip, parse_caption, r
 from tmd_eval.micro_judges import compare, judge, read_attributes
 
 COUNT = 200
+VAE = Path(world.__file__).parent / "weights" / "vae"
 OPTIONS = {
     "color": list(world.HUES),
     "shape": list(world.SHAPES),
@@ -181,3 +183,21 @@ def test_other_sizes_and_texts_are_refused() -> None:
         read_attributes(np.zeros((FRAMES, 16, 16, 3)))
     with pytest.raises(ValueError, match="caption"):
         judge(np.zeros((FRAMES, 32, 32, 3)), "a dog runs")
+
+
+@pytest.mark.skipif(not VAE.is_dir(), reason=f"no {VAE}: the micro VAE is not trained yet")
+def test_clips_are_right_after_the_micro_vae() -> None:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(VAE).eval()
+    verdicts = []
+    for first in range(0, 256, 32):
+        captions, clips = zip(*(make_clip((6, first + i), held_out=True) for i in range(32)), strict=True)
+        pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) * 2 - 1
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+        decoded = ((decoded.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1).numpy()
+        verdicts += [judge(clip, caption) for clip, caption in zip(decoded, captions, strict=True)]
+    for name in (*OPTIONS, "count"):
+        assert np.mean([v[name] for v in verdicts if name in v]) >= 0.99, name
