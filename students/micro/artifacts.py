@@ -37,7 +37,7 @@ def write_provenance(part: str, out: Path, seconds: float, figures: dict[str, fl
     path = out / "provenance.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     record[part] = {
-        "command": f"python -m students.micro.train_{part} {' '.join(sys.argv[1:])}",
+        "command": f"python -m students.micro.train_{part} {' '.join(sys.argv[1:])}".replace(str(Path.home()), "~"),
         "seconds": round(seconds),
         "device": cpu_name(),
         "torch": torch.__version__,

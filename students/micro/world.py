@@ -32,7 +32,7 @@ SPEEDS = {"slowly": (5.0, 8.0), "quickly": (15.0, 19.0)}
 BACKGROUNDS = ("dark", "light", "striped", "shaded")
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
 """Where the mover is, seen from the still object; always across the direction of motion, so it holds in every frame."""
-RADIUS = (2.8, 5.6)
+RADIUS = (3.5, 5.6)
 """Object radius in pixels (radius of the circle of about equal area)."""
 DRIFT = 1.5  # largest displacement across the stated direction, pixels
 
