@@ -192,7 +192,7 @@ def test_clips_are_right_after_the_micro_vae() -> None:
 
     vae = AutoencoderKLWan.from_pretrained(VAE).eval()
     verdicts = []
-    for first in range(0, 256, 32):
+    for first in range(0, 192, 32):
         captions, clips = zip(*(make_clip((6, first + i), held_out=True) for i in range(32)), strict=True)
         pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) * 2 - 1
         with torch.no_grad():

@@ -158,7 +158,7 @@ def test_diversity_is_one_for_real_clips_and_falls_with_each_collapse() -> None:
         assert 0.75 < value < 1.25 and low <= value <= high
     for fields, groups in (
         (("start", "still", "travel", "radii"), ("place", "size", "motion")),
-        (("levels", "tint", "angle", "period", "phase"), ("background",)),
+        (("levels", "tint", "angle", "period", "phase"), ("background", "phase")),
     ):
         one = diversity(_table(2, _like(*fields))[0], real, clusters)
         two = diversity(_table(2, _like(*fields), modes=2)[0], real, clusters)
@@ -167,15 +167,18 @@ def test_diversity_is_one_for_real_clips_and_falls_with_each_collapse() -> None:
         assert all(
             abs(one[f"diversity_{g}"][0] / same[f"diversity_{g}"][0] - 1) < 0.1 for g in GROUPS if g not in groups
         )
-    for field, group in (("start", "place"), ("radii", "size"), ("phase", "background")):  # few values of one number
-        few = diversity(_table(2, _like(field), modes=2)[0], real, clusters)
-        assert few[f"diversity_{group}"][0] < 0.97 * same[f"diversity_{group}"][0], field
-        assert few["diversity"][0] < same["diversity"][0]
+    for field, group, share in (("start", "place", 0.75), ("radii", "size", 0.1), ("phase", "phase", 0.1)):
+        fixed = diversity(_table(2, _like(field))[0], real, clusters)  # of places, the still object's is left free
+        assert fixed[f"diversity_{group}"][0] < share * same[f"diversity_{group}"][0], field
+        assert fixed["diversity"][0] < 0.95 * same["diversity"][0], field
 
 
 def test_unreadable_clips_have_no_diversity() -> None:
     real, clusters = _table(1)
     assert diversity(np.full_like(real, np.nan), real, clusters) == {}
+    plain = clusters == 1  # a shaded background has no phase
+    result = diversity(real[plain], real[plain], clusters[plain] - 1)
+    assert "diversity_phase" not in result and result["diversity"][0] == pytest.approx(1.0)
 
 
 def _run(folder: Path, captions: list[str], samples: int = 1, planned: int | None = None) -> Path:

@@ -1,12 +1,12 @@
 """Diversity of micro clips: how far apart clips of one prompt lie in what the prompt leaves open, against real clips.
 
-What a caption leaves open is read off the pixels by the judges, in four groups: *place* (of the objects), *size*
-(radius of the objects), *motion* (displacement along and across) and *background* (luminance, tint, gradient, stripe
-period, phase and orientation). For each number, take the mean absolute difference over all pairs of clips of one
-prompt, and divide by the same mean over real clips of the same prompts. A group's diversity is the mean over its
-numbers, and diversity is the mean over the groups: 1 is as diverse as the world, 0 is one clip over and over, and k
-equally likely modes give about 1 - 1/k. A number that cannot be read (a smear has no radius) is left out of its pairs,
-so look at alignment too.
+What a caption leaves open is read off the pixels by the judges, in five groups: *place* (of the objects), *size*
+(radius of the objects), *motion* (displacement along and across), *background* (luminance, tint, gradient, contrast,
+period and orientation of stripes) and *phase* (of stripes). For each number, take the mean absolute difference over all
+pairs of clips of one prompt, and divide by the same mean over real clips of the same prompts. A group's diversity is
+the mean over its numbers, and diversity is the mean over the groups: 1 is as diverse as the world, 0 is one clip over
+and over, and k equally likely modes give about 1 - 1/k. A number that cannot be read (a smear has no radius) is left
+out of its pairs, so look at alignment too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ NAMES = {
     "motion": ("along", "across"),
     "background": (
         "level", "tint red", "tint green", "tint blue", "gradient x", "gradient y",
-        "contrast", "orientation", "period", "phase sine", "phase cosine",
+        "contrast", "orientation", "period",
     ),
+    "phase": ("phase sine", "phase cosine"),
 }  # fmt: skip
 """The numbers of each group. Place is the centre at mid-clip, in pixels. Gradients and stripes exclude each other."""
 GROUPS = tuple(NAMES)
@@ -50,7 +51,7 @@ def nuisances(reading: Reading, stated: Attributes) -> np.ndarray:
     if first is not None and reading.direction is not None:
         axis = 0 if reading.direction in ("left", "right") else 1
         along, across = abs(first.travel[axis]), first.travel[1 - axis]
-    surface = [np.nan] * len(NAMES["background"])
+    surface = [np.nan] * len(NAMES["background"] + NAMES["phase"])
     b = reading.background
     if b.kind == stated.background:
         striped = b.kind == "striped"
@@ -86,13 +87,15 @@ def _ratios(
 ) -> np.ndarray:
     """Diversity (first column) and that of each group, (R, 1 + groups), for rows of prompt weights (R, P)."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = ((weights @ made[0]) / (weights @ made[1])) / ((weights @ real[0]) / (weights @ real[1]))
-    ratio = np.where(np.isfinite(ratio), ratio, np.nan)
-    known = np.isfinite(ratio)
-    member = (_GROUP_OF[:, None] == np.arange(len(GROUPS))).astype(float)
-    with np.errstate(invalid="ignore"):
+        true = (weights @ real[0]) / (weights @ real[1])
+        ratio = (weights @ made[0]) / (weights @ made[1]) / true
+        exists = np.isfinite(true) & (true > 0)  # these prompts have such a number
+        known = exists & np.isfinite(ratio)
+        member = (_GROUP_OF[:, None] == np.arange(len(GROUPS))).astype(float)
         groups = (np.where(known, ratio, 0) @ member) / (known @ member)
-    return np.concatenate([groups.mean(1, keepdims=True), groups], axis=1)
+        counted = exists @ member > 0
+        overall = np.where(counted, groups, 0).sum(1) / counted.sum(1)
+    return np.concatenate([overall[:, None], groups], axis=1)
 
 
 def diversity(
