@@ -15,11 +15,11 @@ SURFACE = Path(__file__).parent / "json_surface.json"
 
 
 def shape(value: Any) -> Any:
-    """Keys and types of a JSON value; a list has the shape of its first item, numbers are one type."""
+    """Keys and types of a JSON value; a list of objects has the shape of its first one."""
     if isinstance(value, dict):
         return {key: shape(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [shape(value[0])] if value else []
+        return [shape(value[0])] if value and isinstance(value[0], dict) else "list"
     return {bool: "bool", int: "number", float: "number", str: "text", type(None): "null"}[type(value)]
 
 

@@ -26,8 +26,8 @@ from students.micro.artifacts import save_atomically, write_provenance
 from students.micro.world import FRAMES, make_clip
 
 IMAGE_STEPS, IMAGE_BATCH, STEPS, BATCH = 2000, 4, 6000, 2
-DECODER_STEPS = 6000
-RATE, WARM_UP, KL, OBJECTS, SEED = 2e-3, 100, 1e-3, 6.0, 1
+DECODER_STEPS = 14000
+RATE, WARM_UP, KL, OBJECTS, EDGES, SEED = 2e-3, 100, 1e-3, 6.0, 2.0, 1
 
 
 def build() -> AutoencoderKLWan:
@@ -128,8 +128,9 @@ def train_step(vae: AutoencoderKLWan, phase: str, step: int) -> tuple[torch.Tens
     difference = vae.decode(z).sample - clips
     chroma = (clips.amax(1, keepdim=True) - clips.amin(1, keepdim=True)) / 2  # 1 on objects, small elsewhere
     error = ((1 + OBJECTS * chroma) * (difference.abs() + 2 * difference.square())).mean()
-    if phase == "decoder":
-        return error, error
+    if phase == "decoder":  # edges and stillness: differences to the next pixel and to the next frame
+        edges = sum(difference.diff(dim=d).abs().mean() for d in (2, 3, 4))
+        return error + EDGES * edges, error
     return error + KL * posterior.kl().mean() / posterior.mean[0].numel(), error
 
 
