@@ -3,11 +3,11 @@
     python -m students.micro.train_teacher --work ~/tmd-work/teacher --vae students/micro/weights/vae \
         --out students/micro/weights
 
-Chosen by experiment: latents with few values a token, Muon for matrices and AdamW for the
-rest, EMA, text dropout 0.1, time shift 3, and a curriculum from one object to two. Latents are made in shards of 1,024
-clips, a new shard every 64 steps, cached in ``--work``. Resumes from the last checkpoint; every step draws its items,
-times, noise and dropout from (seed, step). Learning rate: warm-up, constant, then linear to zero over the last fifth,
-so ``--steps`` may be changed on resuming before that.
+Chosen by experiment: latents with few values a token, Muon for matrices and AdamW for the rest, EMA, text dropout 0.1,
+time shift 3 on half of the times, and a curriculum from one object to two. Latents are made in shards of 1,024 clips, a
+new shard every 64 steps, cached in ``--work``. Resumes from the last checkpoint; every step draws its items, times,
+noise and dropout from (seed, step). Learning rate: warm-up, constant, then linear to zero over the last fifth, so
+``--steps`` may be changed on resuming before that.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def main() -> None:
         drop = torch.rand(BATCH, 1, generator=generator) < DROPOUT
         ids, mask = torch.where(drop, empty_ids, ids), torch.where(drop, empty_mask, mask)
         u = torch.rand(BATCH, generator=generator, dtype=torch.float64)
-        t = (SHIFT * u / (1 + (SHIFT - 1) * u)).float()
+        shifted = torch.arange(BATCH) % 2 == 0  # half the times as in sampling, for layout; half uniform, for shapes
+        t = torch.where(shifted, SHIFT * u / (1 + (SHIFT - 1) * u), u).float()
         x1 = torch.randn(x.shape, generator=generator)
         t_ = t.view(-1, 1, 1, 1, 1)
         v = transformer((1 - t_) * x + t_ * x1, 1000 * t, encode_text(encoder, ids, mask)).sample
