@@ -123,13 +123,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--steps", type=int, default=30000)
+    parser.add_argument(
+        "--init", type=Path, help="pipeline folder whose weights to start from, with no state in --work"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     vae = AutoencoderKLWan.from_pretrained(args.vae)
     tokenizer = build_tokenizer()
     encoder, transformer = build_text_encoder(len(tokenizer)), build_transformer()
+    if args.init:
+        encoder = UMT5EncoderModel.from_pretrained(args.init / "text_encoder")
+        transformer = WanTransformer3DModel.from_pretrained(args.init / "transformer")
     model = torch.nn.ModuleDict({"text_encoder": encoder, "transformer": transformer})
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ramped_average)
     matrices = [p for n, p in transformer.named_parameters() if p.ndim == 2 and (".to_" in n or ".ffn.net" in n)]
