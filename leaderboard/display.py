@@ -82,7 +82,7 @@ _KNOWN = (
     ),
     *(
         Display(name=f"diversity_{name}", label=f"Diversity of {name}", share=False, better="")
-        for name in ("place", "size", "motion", "background")
+        for name in ("place", "size", "motion", "background", "phase")
     ),
 )
 
