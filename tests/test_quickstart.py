@@ -70,3 +70,18 @@ def test_other_settings_in_the_same_folder_are_refused(made):
     out, _ = made
     done = quickstart(out, "--seed", "4")
     assert done.returncode == 2 and "seed" in done.stderr
+
+
+def test_an_interrupted_training_names_the_command_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from students import train as trainer
+    from students.trainer_state import TrainingInterrupted
+    from tmd_eval.quickstart import Quickstart, distil
+
+    def interrupted(*_: object, **__: object) -> Path:
+        raise TrainingInterrupted("interrupted at iteration 3")
+
+    monkeypatch.setattr(trainer, "train", interrupted)
+    plan = Quickstart(out=tmp_path / "q")
+    with pytest.raises(TrainingInterrupted, match=f"go on with: {plan.command}") as caught:
+        distil(plan)
+    assert caught.value.exit_code == 130

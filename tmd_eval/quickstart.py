@@ -99,6 +99,7 @@ def distil(plan: Quickstart) -> Path:
     """Train both stages with the presets of examples/; the checkpoint folder of stage 2."""
     from students.config import load_config
     from students.train import train
+    from students.trainer_state import TrainingInterrupted
 
     checkpoint = None
     for number, preset in enumerate(PRESETS, start=1):
@@ -107,7 +108,10 @@ def distil(plan: Quickstart) -> Path:
         if checkpoint is not None:
             config = replace(config, parent=str(checkpoint))
         _say(f"stage {number} of 2: {config.method_name}, {config.iterations} iterations")
-        checkpoint = train(config, resume=True)
+        try:
+            checkpoint = train(config, resume=True)
+        except TrainingInterrupted:
+            raise TrainingInterrupted(f"interrupted, the state is saved; go on with: {plan.command}") from None
     assert checkpoint is not None
     return checkpoint
 
