@@ -6,7 +6,7 @@
 Chosen by experiment: latents with few values a token, Muon for matrices and AdamW for the rest, EMA, text dropout 0.1,
 time shift 3 on half of the times, and a curriculum from one object to two. Latents are made in shards of 1,024 clips, a
 new shard every 64 steps, cached in ``--work``. Resumes from the last checkpoint; every step draws its items, times,
-noise and dropout from (seed, step). Learning rate: warm-up, constant, then linear to zero over the last fifth, so
+noise and dropout from (seed, step). Learning rate: warm-up, constant, lower, then linear to zero over the last fifth, so
 ``--steps`` may be changed on resuming before that.
 """
 
@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from students.micro.artifacts import save_atomically, write_provenance
 from students.micro.world import FPS, FRAMES, SIZE, all_attributes, make_clip
 
+LOWER_FROM, LOWER = 7000, 0.4  # at the full rate the loss stays 0.04 above where the first decay to zero took it
 TEXT_LENGTH = 16
 GUIDANCE = 1.5
 """Guidance scale the teacher is used with: the best joint alignment among those that leave the Frechet distance low."""
@@ -108,8 +109,8 @@ class Shards:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Factor on the learning rate: warm-up, constant, linear to zero over the last fifth."""
-    return min((step + 1) / WARM_UP, 1.0, (steps - step) / (0.2 * steps))
+    """Factor on the learning rate: warm-up, constant, lower from a step on, linear to zero over the last fifth."""
+    return min((step + 1) / WARM_UP, 1.0 if step < LOWER_FROM else LOWER, (steps - step) / (0.2 * steps))
 
 
 def ramped_average(averages: Any, values: Any, count: Any) -> None:
