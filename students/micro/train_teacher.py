@@ -6,8 +6,8 @@
 Chosen by experiment: latents with few values a token, Muon for matrices and AdamW for the rest, EMA, text dropout 0.1,
 time shift 3 on half of the times, and a curriculum from one object to two. Latents are made in shards of 1,024 clips, a
 new shard every 64 steps, cached in ``--work``. Resumes from the last checkpoint; every step draws its items, times,
-noise and dropout from (seed, step). Learning rate: warm-up, constant, lower, then linear to zero over the last fifth, so
-``--steps`` may be changed on resuming before that.
+noise and dropout from (seed, step). Learning rate: warm-up, constant, lower, then linear to zero over the last fifth,
+so ``--steps`` may be changed on resuming before that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from students.micro.world import FPS, FRAMES, SIZE, all_attributes, make_clip
 LOWER_FROM, LOWER = 7000, 0.4  # at the full rate the loss stays 0.04 above where the first decay to zero took it
 TEXT_LENGTH = 16
 GUIDANCE = 1.5
-"""Guidance scale the teacher is used with: the best joint alignment among those that leave the Frechet distance low."""
+"""Guidance scale the teacher is used with, unless a command says otherwise."""
 SHARD, NEW_SHARD_EVERY, SHARDS, SIMPLE_SHARDS = 1024, 64, 56, 16
 BATCH, RATE, WARM_UP, EMA, DROPOUT, SHIFT, SEED = 32, 1.5e-3, 100, 0.999, 0.1, 3.0, 11
 
