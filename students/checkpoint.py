@@ -254,7 +254,7 @@ def open_checkpoint(
             )
         weights = combined_hash(weight_files(folder))
         joint = hashlib.sha256((weights + file_hash(folder / "student.json")).encode()).hexdigest()
-        return Checkpoint(str(folder.resolve()), folder.resolve().name, joint, base, spec, student)
+        return Checkpoint(str(ref), folder.resolve().name, joint, base, spec, student)
     if str(ref) != "micro" and folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"{folder} has neither student.json nor model_index.json; it is not a checkpoint or pipeline."
