@@ -113,7 +113,7 @@ class Checkpoint:
         base: the base model.
         spec: the student's record; None for a teacher.
         student: the student's network; None for a teacher.
-        ref: what it was opened by, as an absolute path where it is a folder.
+        ref: what it was opened by; the absolute path of a pipeline folder.
         name: short name for tables.
         hash: sha256 that changes with the weights and the record.
     """
