@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from students.errors import ConfigError, EnvironmentMissingError
+from students.machine import home
 from students.tmd import unpatchify
 from students.weights import combined_hash, read_json, weight_files
 
@@ -303,7 +303,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    cache = Path(os.environ.get("TMD_EVAL_HOME", "~/.cache/tmd-eval")).expanduser() / "hub"
+    cache = home() / "hub"
     patterns = ["*.json", "*.safetensors", "tokenizer/*"]
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=patterns))

@@ -13,10 +13,11 @@ from torch import Tensor
 from students.base import Base, load_base, micro_folder
 from students.checkpoint import load_student
 from students.config import TrainConfig
-from students.data import LatentShards, cache_home, open_data
+from students.data import LatentShards, open_data
 from students.distributed import Ranks
 from students.dmd2v import TMDStage2
 from students.errors import ConfigError
+from students.machine import home
 from students.method import Method
 from students.spec import BaseRecord, StudentSpec
 from students.tm_mf import TMMF, TMMFConfig
@@ -133,7 +134,7 @@ def describe(config: TrainConfig) -> str:
             ref,
             subfolder="transformer",
             revision=revision or None,
-            cache_dir=cache_home() / "hub",
+            cache_dir=home() / "hub",
             local_files_only=True,
         )
     except (OSError, ValueError):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from students.base import Base
 from students.errors import ConfigError
+from students.machine import home
 from students.method import Batch
 from students.micro import world
 from students.weights import file_hash
@@ -210,7 +211,7 @@ def micro_folder(base: Base, config: DataConfig, *, progress: bool = True) -> Pa
         "world": file_hash(Path(world.__file__)),
     }
     key = hashlib.sha256(json.dumps({"base": base.hash, **source}, sort_keys=True).encode()).hexdigest()[:20]
-    folder = (Path(config.cache) if config.cache else cache_home() / "latents") / f"micro-{key}"
+    folder = (Path(config.cache) if config.cache else home() / "latents") / f"micro-{key}"
     if (folder / INDEX).exists():
         return folder
     starts = range(0, config.clips, SHARD)
@@ -220,11 +221,6 @@ def micro_folder(base: Base, config: DataConfig, *, progress: bool = True) -> Pa
             write_shard(folder, index, *_encode(base, [_training_clip(config.seed, i) for i in numbers]))
     write_index(folder, base_hash=base.hash, source=source)
     return folder
-
-
-def cache_home() -> Path:
-    """The folder of everything that can be made or fetched again: ``TMD_EVAL_HOME``, by default ~/.cache/tmd-eval."""
-    return Path(os.environ.get("TMD_EVAL_HOME") or "~/.cache/tmd-eval").expanduser()
 
 
 def _training_clip(seed: int, number: int) -> tuple[str, np.ndarray]:

@@ -7,9 +7,9 @@ import shlex
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from students.machine import cpu_name
 from students.revision import code_revision
 from tmd_eval import __version__
 
@@ -63,14 +63,4 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(torch.device(device))} ({device})"
     threads = torch.get_num_threads()
-    return f"{_cpu()} (cpu, {threads} thread{'s' * (threads > 1)})"
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return f"{cpu_name()} (cpu, {threads} thread{'s' * (threads > 1)})"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from pathlib import Path
 
 import torch
+
+from students.machine import cpu_name
 
 
 def save_atomically(state: object, path: Path) -> None:
@@ -15,14 +16,6 @@ def save_atomically(state: object, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     temporary.replace(path)
-
-
-def cpu_name() -> str:
-    """Name and thread count of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
 def write_provenance(part: str, out: Path, seconds: float, figures: dict[str, float]) -> None:
@@ -39,7 +32,7 @@ def write_provenance(part: str, out: Path, seconds: float, figures: dict[str, fl
     record[part] = {
         "command": f"python -m students.micro.train_{part} {' '.join(sys.argv[1:])}".replace(str(Path.home()), "~"),
         "seconds": round(seconds),
-        "device": cpu_name(),
+        "device": f"{cpu_name()}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,
         **figures,
     }

@@ -17,6 +17,8 @@ def _rows() -> list[dict[str, str]]:
     import torch
 
     from students.base import micro_folder
+    from students.machine import home
+    from tmd_eval.vbench.environment import problem
 
     rows = [
         {"what": "python", "state": platform.python_version(), "do": ""},
@@ -38,16 +40,15 @@ def _rows() -> list[dict[str, str]]:
             "do": "" if present else "install tmd-eval again; the weights are part of the package",
         }
     )
-    home = Path(os.environ.get("TMD_EVAL_HOME", "~/.cache/tmd-eval")).expanduser()
-    built = (home / "vbench-env").is_dir()
+    reason = problem()
     rows.append(
         {
             "what": "vbench environment",
-            "state": "built" if built else "missing",
-            "do": "tmd-eval vbench doctor" if built else "tmd-eval vbench setup",
+            "state": reason or "built",
+            "do": "tmd-eval vbench setup" if reason else "tmd-eval vbench doctor",
         }
     )
-    free = shutil.disk_usage(home if home.exists() else Path.home()).free / 2**30
+    free = shutil.disk_usage(home() if home().exists() else Path.home()).free / 2**30
     rows.append({"what": "free disk", "state": f"{free:.0f} GiB", "do": "" if free > 5 else "free some space"})
     return rows
 

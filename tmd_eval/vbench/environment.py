@@ -24,15 +24,11 @@ from pathlib import Path
 from typing import IO
 
 from students.errors import ConfigError, EnvironmentMissingError
+from students.machine import home
 from tmd_eval.files import write_atomic, write_json
 
 SETUP = "tmd-eval vbench setup"
 STAMP = "tmd-eval.json"
-
-
-def home() -> Path:
-    """Where managed environments, weights and hub files lie: ``TMD_EVAL_HOME``, by default ``~/.cache/tmd-eval``."""
-    return Path(os.environ.get("TMD_EVAL_HOME") or "~/.cache/tmd-eval").expanduser().absolute()
 
 
 def folder() -> Path:

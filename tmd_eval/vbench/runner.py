@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from students.errors import ConfigError, EnvironmentMissingError, IncompleteError, TmdError
+from students.machine import home
 from tmd_eval.vbench import environment
 from tmd_eval.vbench.dimensions import DIMENSIONS, check_dimension
 
@@ -33,7 +34,7 @@ class Score(NamedTuple):
 
 def weights_folder() -> Path:
     """Where VBench looks for its weights (``VBENCH_CACHE_DIR`` of the worker)."""
-    return environment.home() / "vbench-weights"
+    return home() / "vbench-weights"
 
 
 def missing_weights(dimension: str) -> list[Path]:
@@ -177,7 +178,7 @@ def _work(request: dict[str, Any], timeout: float | None = None) -> dict[str, An
 
 
 def _environment() -> dict[str, str]:
-    cache = environment.home()
+    cache = home()
     nowhere = "http://127.0.0.1:9"  # for the programs VBench starts (wget, git); Python's sockets are refused anyway
     return {
         **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "no_proxy", "NO_PROXY")},
