@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from leaderboard.errors import LeaderboardError
 
 DEFAULT_DB = "tmd-eval.db"
-_WRITE = "writes"  # execution option: this connection's transactions will write
+WRITE = "writes"  # execution option: this connection's transactions will write
 
 
 def database_url(db: str | None = None) -> str:
@@ -39,14 +39,6 @@ def database_url(db: str | None = None) -> str:
     return db.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
-def _migrations() -> Config:
-    config = Config()
-    folder = str(Path(__file__).with_name("migrations"))
-    config.set_main_option("script_location", folder.replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    return config
-
-
 def _sqlite_settings(connection: Any, _record: object) -> None:
     if not isinstance(connection, sqlite3.Connection):
         return
@@ -57,38 +49,17 @@ def _sqlite_settings(connection: Any, _record: object) -> None:
 
 def _begin(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(_WRITE) else "BEGIN")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(WRITE) else "BEGIN")
 
 
-def _upgrade(engine: Engine, url: str) -> None:
-    config = _migrations()
-    scripts = ScriptDirectory.from_config(config)
-    head = scripts.get_current_head()
-    with engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    if current == head:
-        return
-    if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
-        raise LeaderboardError(
-            f"The database {url} has schema {current}, which this version of tmd-eval does not know (its newest is "
-            f"{head}): upgrade tmd-eval, or name another database with --db."
-        )
-    with engine.execution_options(**{_WRITE: True}).begin() as connection:  # one process migrates, others wait
-        if connection.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(7306144)"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-
-def open_engine(db: str | None = None) -> Engine:
-    """Connect and bring the schema to the newest version.
+def connect(db: str | None = None) -> Engine:
+    """An engine with this project's connection settings, whatever schema the database has.
 
     Args:
         db: URL or path as ``database_url`` takes it.
 
     Raises:
-        LeaderboardError: the address is wrong, the file is no database or cannot be opened, or it is newer than
-            the code.
+        LeaderboardError: the address is wrong, or its driver is missing.
     """
     address = database_url(db)
     try:
@@ -104,9 +75,28 @@ def open_engine(db: str | None = None) -> Engine:
         ) from error
     event.listen(engine, "connect", _sqlite_settings)
     event.listen(engine, "begin", _begin)
-    shown = url.render_as_string(hide_password=True)
+    return engine
+
+
+def migrate(engine: Engine, folder: Path, *, version_table: str = "alembic_version") -> None:
+    """Bring one room's tables to their newest schema; on failure the engine is disposed of.
+
+    Args:
+        engine: from :func:`connect`.
+        folder: the room's Alembic migrations; their env.py takes ``connection`` and ``version_table`` from the
+            attributes of the configuration.
+        version_table: where the room keeps its schema's version, so that rooms share a database.
+
+    Raises:
+        LeaderboardError: the file is no database or cannot be opened, or it is newer than the code.
+    """
+    shown = engine.url.render_as_string(hide_password=True)
+    config = Config()
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["version_table"] = version_table
     try:
-        _upgrade(engine, shown)
+        _upgrade(engine, shown, config)
     except DatabaseError as error:
         engine.dispose()
         raise LeaderboardError(
@@ -115,6 +105,40 @@ def open_engine(db: str | None = None) -> Engine:
     except LeaderboardError:
         engine.dispose()
         raise
+
+
+def _upgrade(engine: Engine, shown: str, config: Config) -> None:
+    scripts = ScriptDirectory.from_config(config)
+    head = scripts.get_current_head()
+    options = {"version_table": config.attributes["version_table"]}
+    with engine.connect() as connection:
+        current = MigrationContext.configure(connection, opts=options).get_current_revision()
+    if current == head:
+        return
+    if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+        raise LeaderboardError(
+            f"The database {shown} has schema {current}, which this version of tmd-eval does not know (its newest is "
+            f"{head}): upgrade tmd-eval, or name another database with --db."
+        )
+    with engine.execution_options(**{WRITE: True}).begin() as connection:  # one process migrates, others wait
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(7306144)"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def open_engine(db: str | None = None) -> Engine:
+    """Connect and bring the leaderboard's schema to the newest version.
+
+    Args:
+        db: URL or path as ``database_url`` takes it.
+
+    Raises:
+        LeaderboardError: the address is wrong, the file is no database or cannot be opened, or it is newer than
+            the code.
+    """
+    engine = connect(db)
+    migrate(engine, Path(__file__).with_name("migrations"))
     return engine
 
 
@@ -134,7 +158,7 @@ def writing(db: str | None = None) -> Iterator[Session]:
     """A session in one writing transaction: committed at the end, rolled back on any exception."""
     engine = open_engine(db)
     try:
-        with Session(engine.execution_options(**{_WRITE: True}), expire_on_commit=False) as session, session.begin():
+        with Session(engine.execution_options(**{WRITE: True}), expire_on_commit=False) as session, session.begin():
             yield session
     finally:
         engine.dispose()

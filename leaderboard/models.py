@@ -1,7 +1,8 @@
-"""Database models: one row a measured result, one child row a metric of it.
+"""Database models: measured results with their metrics and per-video scores, and what stands beside them: published
+figures, latency, preferences and claims.
 
 The schema is portable (SQLite and PostgreSQL); a change here needs a migration in ``leaderboard/migrations/versions``,
-and a test compares the two.
+and a test compares the two. Published figures have a table of their own, so that no query mixes them with ours.
 """
 
 from __future__ import annotations
@@ -9,9 +10,23 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, CheckConstraint, DateTime, Dialect, Float, ForeignKey, MetaData, String, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
+
+from leaderboard.checks import DIMENSIONS
 
 ROLES = ("teacher", "undistilled", "student")
 """teacher: the base model at its full number of steps; undistilled: the same at few steps; student: distilled."""
@@ -124,6 +139,8 @@ class Result(Base):
     """SHA-256 of the run's manifest.jsonl: which videos were scored."""
     run: Mapped[str] = mapped_column(Text)
     """Run folder at the time of recording; the report takes clips from it. Never printed in a report."""
+    origin: Mapped[str | None] = mapped_column(Text)
+    """Bundle the row came in (its lab and hash); None where it was recorded from a run folder here."""
     metrics: Mapped[list[Metric]] = relationship(
         back_populates="result", cascade="all, delete-orphan", order_by="Metric.name", lazy="selectin"
     )
@@ -131,6 +148,13 @@ class Result(Base):
     @property
     def expected_videos(self) -> int:
         return self.prompts_count * self.samples_per_prompt
+
+    @property
+    def completeness(self) -> float:
+        """Share of what a full row has: videos and scores, and of VBench's dimensions all sixteen."""
+        share = min([1.0, self.videos / max(self.expected_videos, 1), *(m.completeness for m in self.metrics)])
+        scored = sum(metric.name in DIMENSIONS for metric in self.metrics)
+        return share * scored / len(DIMENSIONS) if scored else share if self.metrics else 0.0
 
     @property
     def flags(self) -> list[str]:
@@ -158,6 +182,7 @@ class Result(Base):
         row = {name: getattr(self, name) for name in columns}
         row["created"] = self.created.isoformat()
         row["flags"] = self.flags
+        row["completeness"] = self.completeness
         row["metrics"] = {metric.name: metric.to_dict() for metric in self.metrics}
         return row
 
@@ -189,3 +214,172 @@ class Metric(Base):
     def to_dict(self) -> dict[str, Any]:
         columns = [column.key for column in Metric.__table__.columns if column.key not in ("result_id", "name")]
         return {name: getattr(self, name) for name in columns}
+
+
+class VideoScore(Base):
+    """One video's score in one metric, for comparisons prompt by prompt; the metric itself stands in ``metrics``."""
+
+    __tablename__ = "video_scores"
+
+    result_id: Mapped[int] = mapped_column(ForeignKey("results.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    """Metric, as in ``metrics``."""
+    prompt: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """The prompt: first 63 bits of the SHA-256 of its text, so that sets of prompts can be matched."""
+    sample: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Index of the video among those of its prompt."""
+    value: Mapped[float] = mapped_column(Float(53))
+    """On the scale of the metric."""
+
+
+class Thumbnail(Base):
+    """A small picture of one clip of a row that came in a bundle, for its clips lie elsewhere."""
+
+    __tablename__ = "thumbnails"
+
+    result_id: Mapped[int] = mapped_column(ForeignKey("results.id", ondelete="CASCADE"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Order among the row's thumbnails."""
+    prompt: Mapped[str] = mapped_column(Text)
+    """Text of the prompt."""
+    image: Mapped[bytes] = mapped_column(LargeBinary)
+    """PNG or WebP: frames of the clip side by side, first to last."""
+
+
+class Reported(Base):
+    """One row as a paper or a README prints it; nothing of it was measured here."""
+
+    __tablename__ = "reported"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    """SHA-256 of the row as it was given; importing it again finds it."""
+    source: Mapped[str] = mapped_column(Text)
+    """Where it is printed, such as "arXiv:2601.09881 Table 1"."""
+    teacher: Mapped[str] = mapped_column(Text)
+    """Base model, such as "Wan2.1 1.3B"."""
+    method: Mapped[str] = mapped_column(Text)
+    """Method as printed, such as "TMD-N2H5"; "teacher" for the base model itself."""
+    m: Mapped[int | None]
+    """M, outer steps."""
+    n: Mapped[int | None]
+    """N, inner steps."""
+    h: Mapped[int | None]
+    """H, blocks of the flow head."""
+    blocks: Mapped[int | None]
+    """L, blocks of the base model, where it is known (``published.BLOCKS``)."""
+    effective_nfe: Mapped[float | None] = mapped_column(Float(53))
+    """As printed, without the factor of classifier-free guidance."""
+    guided: Mapped[bool | None]
+    """Whether classifier-free guidance runs the model twice a step; None where the source does not say."""
+    scores: Mapped[dict[str, float]] = mapped_column(JSON)
+    """Percent as printed, by name: "total", "quality", "semantic", and VBench's dimensions where they are printed."""
+    seconds_per_video: Mapped[float | None] = mapped_column(Float(53))
+    """As printed or derived from a printed rate; see ``note``."""
+    device: Mapped[str | None] = mapped_column(Text)
+    """Device of the seconds."""
+    note: Mapped[str] = mapped_column(Text)
+    """What the source adds."""
+
+
+class Latency(Base):
+    """One timing of one model at one batch size: a row of a latency.json."""
+
+    __tablename__ = "latencies"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    """SHA-256 of what identifies the timing; recording it again finds it."""
+    name: Mapped[str] = mapped_column(Text)
+    checkpoint_hash: Mapped[str | None] = mapped_column(String(64))
+    """As in ``results``; ties the timing to the results of the same weights."""
+    role: Mapped[str] = mapped_column(String(16))
+    method: Mapped[str] = mapped_column(String(64))
+    m: Mapped[int | None]
+    n: Mapped[int | None]
+    h: Mapped[int | None]
+    effective_nfe: Mapped[float | None] = mapped_column(Float(53))
+    guidance: Mapped[float | None] = mapped_column(Float(53))
+    batch: Mapped[int]
+    """Videos sampled at once."""
+    dtype: Mapped[str | None] = mapped_column(String(16))
+    frames: Mapped[int | None]
+    height: Mapped[int | None]
+    width: Mapped[int | None]
+    repeats: Mapped[int]
+    """Timed repeats after the warm-up."""
+    seconds: Mapped[dict[str, dict[str, float]]] = mapped_column(JSON)
+    """Seconds of a whole batch by part ("text", "backbone", "head", "vae", "write", "total"): median and p95."""
+    peak_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Highest memory during the timing."""
+    device: Mapped[str] = mapped_column(Text)
+    code_revision: Mapped[str] = mapped_column(Text)
+    packages: Mapped[dict[str, str]] = mapped_column(JSON)
+    command: Mapped[str] = mapped_column(Text)
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Preference(Base):
+    """The outcome of one question about one pair of models in one preference study."""
+
+    __tablename__ = "preferences"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    """SHA-256 of study, schedule, question and pair; a new analysis of the same study replaces the row."""
+    study: Mapped[str] = mapped_column(Text)
+    schedule_hash: Mapped[str] = mapped_column(Text)
+    """Hash of the design, fixed before the first vote."""
+    question: Mapped[str] = mapped_column(Text)
+    """"visual quality" or "prompt alignment"."""
+    a: Mapped[str] = mapped_column(Text)
+    a_hash: Mapped[str | None] = mapped_column(String(64))
+    """Checkpoint hash of a."""
+    b: Mapped[str] = mapped_column(Text)
+    b_hash: Mapped[str | None] = mapped_column(String(64))
+    wins_a: Mapped[int]
+    wins_b: Mapped[int]
+    ties: Mapped[int]
+    value: Mapped[float] = mapped_column(Float(53))
+    """Preference for a, 0 to 1."""
+    low: Mapped[float | None] = mapped_column(Float(53))
+    high: Mapped[float | None] = mapped_column(Float(53))
+    p_value: Mapped[float | None] = mapped_column(Float(53))
+    n_votes: Mapped[int]
+    n_prompts: Mapped[int]
+    n_raters: Mapped[int]
+    excluded_raters: Mapped[int]
+    """Raters of the study left out by its exclusion rules."""
+    method: Mapped[str] = mapped_column(Text)
+    """How value and interval were computed."""
+    simulated: Mapped[bool]
+    """Votes of a stated model instead of people; said wherever the row is shown."""
+    code_revision: Mapped[str] = mapped_column(Text)
+    command: Mapped[str] = mapped_column(Text)
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Claim(Base):
+    """What one experiment report found about one claim of a paper."""
+
+    __tablename__ = "claims"
+    __table_args__ = (CheckConstraint("verdict IN ('holds', 'does not hold', 'undecided')", name="verdict"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    """SHA-256 of report, claim and source; a new report of the same name replaces the row."""
+    report: Mapped[str] = mapped_column(Text)
+    """Name of the report folder."""
+    claim: Mapped[str] = mapped_column(Text)
+    source: Mapped[str] = mapped_column(Text)
+    """Where the claim is made."""
+    verdict: Mapped[str] = mapped_column(String(16))
+    effect: Mapped[float | None] = mapped_column(Float(53))
+    low: Mapped[float | None] = mapped_column(Float(53))
+    high: Mapped[float | None] = mapped_column(Float(53))
+    n: Mapped[int | None]
+    seeds: Mapped[Any] = mapped_column(JSON)
+    """Training seeds, as the report states them."""
+    device: Mapped[str] = mapped_column(Text)
+    code_revision: Mapped[str] = mapped_column(Text)
+    command: Mapped[str] = mapped_column(Text)

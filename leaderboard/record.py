@@ -1,53 +1,28 @@
-"""From a run folder to a database row: reads what generation and scoring left, inserts the row or updates its own."""
+"""Into the database: runs, timings, preferences and claims; recording the same thing again updates its rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import statistics
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from sqlalchemy import select
+from sqlalchemy import delete, insert, select
+from sqlalchemy.orm import Session
 
+from leaderboard.checks import finite
 from leaderboard.database import writing
-from leaderboard.display import default_name
 from leaderboard.errors import LeaderboardError
-from leaderboard.models import ROLES, Metric, Result
+from leaderboard.models import Claim, Latency, Metric, Preference, Result, VideoScore
+from leaderboard.run_folder import IDENTITY, read_manifest, read_run, video_scores
 
-IDENTITY = (
-    *("role", "method", "m", "n", "h", "guidance", "sampler", "base", "checkpoint", "checkpoint_hash"),
-    *("prompts_name", "prompts_sha256", "samples_per_prompt", "seeds", "height", "width", "frames", "fps"),
-    *("dtype", "device", "code_revision", "created"),
-)
-"""What tells two measurements apart. Scores and the manifest do not belong to it, so a run that is recorded before it
-is finished, and again after, fills in its own row; a run made anew has its own ``created`` and so its own row."""
+__all__ = ["IDENTITY", "read_manifest", "record_claims", "record_latency", "record_preferences", "record_run"]
 
-T = TypeVar("T", int, float, str)
-
-
-def read_manifest(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's manifest.jsonl, in the order of the file; a last line that a crash cut short is passed over.
-
-    Raises:
-        LeaderboardError: the file is missing or a line is no JSON object with a ``video``.
-    """
-    path = run / "manifest.jsonl"
-    rows = []
-    lines = _read(path).split("\n")
-    for number, line in enumerate(lines, 1):
-        if number == len(lines):  # empty, or not ended by a newline
-            break
-        try:
-            row = json.loads(line)
-            row["video"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise LeaderboardError(f"Line {number} of {path} does not describe a video; make the run again.") from error
-        rows.append(row)
-    return rows
+Evidence = TypeVar("Evidence", Latency, Preference, Claim)
+PARTS = ("text", "backbone", "head", "vae", "write", "total")
+"""Parts of a latency."""
 
 
 def record_run(db_url: str | None, run: Path, *, name: str | None = None) -> int:
@@ -66,170 +41,242 @@ def record_run(db_url: str | None, run: Path, *, name: str | None = None) -> int
     """
     run = Path(run)
     columns, metrics = read_run(run, name=name)
+    videos = video_scores(run, (metric["name"] for metric in metrics))
     with writing(db_url) as session:
-        result = session.scalars(select(Result).where(Result.key == columns["key"])).one_or_none()
-        if result is None:
-            result = Result()
-            session.add(result)
-        for column, value in columns.items():
-            setattr(result, column, value)
-        result.metrics.clear()
-        session.flush()  # the old metrics go before new ones of the same name come
-        result.metrics.extend(Metric(**metric) for metric in metrics)
-        session.flush()
-        return result.id
+        return store_result(session, columns, metrics, videos)
 
 
-def read_run(run: Path, *, name: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The columns of the result and of its metrics, as a run folder states them; see :func:`record_run`."""
-    path = run / "config.yaml"
-    try:
-        config = yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
-        raise LeaderboardError(f"{path} is not YAML; make the run again.") from error
-    if not isinstance(config, dict):
-        raise LeaderboardError(f"{path} is not a mapping; make the run again.")
-    checkpoint, prompts = _section(config, "checkpoint", path), _section(config, "prompts", path)
-    manifest = read_manifest(run)
-    role = _need(checkpoint, "role", str, path)
-    if role not in ROLES:
-        raise LeaderboardError(f"{path} gives the role {role!r}; it must be one of {', '.join(ROLES)}.")
-    height, width = _size(config.get("size"), path)
-    seed = config.get("seed")
-    seconds = [float(row["seconds"]) for row in manifest if row.get("seconds") is not None]
-    columns: dict[str, Any] = {
-        "source": "measured",
-        "role": role,
-        "method": _need(checkpoint, "method", str, path),
-        **{key: _maybe(checkpoint, key, int, path) for key in ("m", "n", "h", "blocks")},
-        **{key: _maybe(checkpoint, key, float, path) for key in ("effective_nfe", "forward_passes", "guidance")},
-        "sampler": _text(checkpoint.get("sampler")),
-        "base": _base(checkpoint.get("base")),
-        "checkpoint": _text(checkpoint.get("ref")),
-        "checkpoint_hash": _text(checkpoint.get("hash")),
-        "prompts_name": _need(prompts, "name", str, path),
-        "prompts_sha256": _need(prompts, "sha256", str, path),
-        "prompts_count": _need(prompts, "count", int, path),
-        "samples_per_prompt": _need(config, "samples_per_prompt", int, path),
-        "seeds": [int(s) for s in (seed if isinstance(seed, list) else [seed]) if s is not None],
-        "height": height,
-        "width": width,
-        "frames": _maybe(config, "frames", int, path),
-        "fps": _maybe(config, "fps", float, path),
-        "dtype": _text(config.get("dtype")),
-        "videos": len({row["video"] for row in manifest}),
-        "seconds_per_video": statistics.median(seconds) if seconds else None,
-        "batch_size": _maybe(config, "batch_size", int, path),
-        "device": _need(config, "device", str, path),
-        "code_revision": _need(config, "code_revision", str, path),
-        "packages": {str(key): str(value) for key, value in (config.get("packages") or {}).items()},
-        "command": _need(config, "command", str, path),
-        "created": _time(config.get("created"), path),
-        "manifest_sha256": hashlib.sha256((run / "manifest.jsonl").read_bytes()).hexdigest(),
-        "run": str(run.resolve()),
-    }
-    base = checkpoint.get("base")
-    columns["name"] = name or default_name(
-        base=str(base["ref"] if isinstance(base, dict) else base or checkpoint.get("name")),
-        **{key: columns[key] for key in ("role", "method", "m", "n", "h")},
+def store_result(
+    session: Session,
+    columns: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    videos: Sequence[Mapping[str, Any]],
+) -> int:
+    """Insert a result with its metrics and its videos' scores, or replace those of the result with the same key."""
+    result = session.scalars(select(Result).where(Result.key == columns["key"])).one_or_none()
+    if result is None:
+        result = Result()
+        session.add(result)
+    for column, value in columns.items():
+        setattr(result, column, value)
+    result.metrics.clear()
+    session.flush()  # the old metrics go before new ones of the same name come
+    result.metrics.extend(Metric(**metric) for metric in metrics)
+    session.flush()
+    session.execute(delete(VideoScore).where(VideoScore.result_id == result.id))
+    if videos:
+        session.execute(insert(VideoScore), [{"result_id": result.id, **video} for video in videos])
+    return result.id
+
+
+def record_latency(db_url: str | None, path: Path) -> list[int]:
+    """Record the rows of a latency.json; recording it again updates them.
+
+    Args:
+        db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
+        path: the file, or its folder.
+
+    Returns:
+        Ids of the rows, in the order of the file.
+
+    Raises:
+        LeaderboardError: the file is missing or malformed.
+    """
+    path = _file(path, "latency.json")
+
+    def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+        common = _provenance(content) | {
+            "packages": {str(key): str(value) for key, value in (content.get("packages") or {}).items()}
+        }
+        return [_latency(row) | common for row in content["rows"]]
+
+    found = _parse(path, rows, "a latency file")
+    return _store(
+        db_url,
+        Latency,
+        found,
+        ("name", "checkpoint_hash", "m", "n", "h", "batch", "dtype", "device", "created", "height", "width", "frames"),
     )
-    identity = json.dumps([columns[key] for key in IDENTITY], default=str)
-    columns["key"] = hashlib.sha256(identity.encode()).hexdigest()
-    return columns, _metrics(run / "scores" / "summary.json")
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
+def record_preferences(db_url: str | None, path: Path) -> list[int]:
+    """Record the results of a preferences.json (``tmd-eval study analyze``); a new analysis replaces the old.
+
+    Args:
+        db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
+        path: the file, or its folder.
+
+    Returns:
+        Ids of the rows, in the order of the file.
+
+    Raises:
+        LeaderboardError: the file is missing or malformed.
+    """
+    path = _file(path, "preferences.json")
+
+    def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+        hashes = {model["name"]: _text(model.get("checkpoint_hash")) for model in content["models"]}
+        excluded = content.get("excluded_raters") or 0
+        common = {
+            "study": str(content["study"]),
+            "schedule_hash": str(content["schedule_hash"]),
+            "excluded_raters": excluded if isinstance(excluded, int) else len(excluded),
+            "simulated": bool(content.get("simulated", False)),
+            **{key: value for key, value in _provenance(content).items() if key != "device"},
+        }
+        return [_preference(row, hashes) | common for row in content["results"]]
+
+    found = _parse(path, rows, "a file of preferences")
+    return _store(db_url, Preference, found, ("study", "schedule_hash", "question", "a", "b"))
+
+
+def record_claims(db_url: str | None, report_folder: Path) -> list[int]:
+    """Record the claims of a report; a new report in a folder of the same name replaces the old one's claims.
+
+    Args:
+        db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
+        report_folder: folder with a report.json that has ``claims``.
+
+    Returns:
+        Ids of the rows, in the order of the report.
+
+    Raises:
+        LeaderboardError: the file is missing or malformed, or has no claims.
+    """
+    path = _file(report_folder, "report.json")
+
+    def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+        common = {
+            "report": path.resolve().parent.name,
+            **{key: str(content.get(key) or "") for key in ("device", "code_revision", "command")},
+        }
+        return [_claim(row) | common for row in content["claims"]]
+
+    found = _parse(path, rows, "a report with claims")
+    report = path.resolve().parent.name
+    return _store(db_url, Claim, found, ("report", "claim", "source"), replaces=Claim.report == report)
+
+
+def key_of(values: Sequence[Any]) -> str:
+    """SHA-256 of what identifies a row."""
+    return hashlib.sha256(json.dumps(list(values), default=str).encode()).hexdigest()
+
+
+def _store(
+    db_url: str | None,
+    model: type[Evidence],
+    rows: list[dict[str, Any]],
+    identity: Sequence[str],
+    replaces: Any = None,
+) -> list[int]:
+    """Insert or update rows by their key, in one transaction; ``replaces`` selects rows that go first."""
+    for row in rows:
+        row["key"] = key_of([row[name] for name in identity])
+    if len({row["key"] for row in rows}) < len(rows):
+        raise LeaderboardError(f"Two of the {len(rows)} rows are alike in {', '.join(identity)}; leave one out.")
+    with writing(db_url) as session:
+        if replaces is not None:
+            session.execute(delete(model).where(replaces, model.key.not_in([row["key"] for row in rows])))
+        entries = []
+        for row in rows:
+            entry = session.scalars(select(model).where(model.key == row["key"])).one_or_none()
+            if entry is None:
+                entry = model()
+                session.add(entry)
+            for column, value in row.items():
+                setattr(entry, column, value)
+            entries.append(entry)
+        session.flush()
+        return [entry.id for entry in entries]
+
+
+def _file(path: Path, name: str) -> Path:
+    path = Path(path)
+    return path / name if path.is_dir() else path
+
+
+def _parse(path: Path, rows: Callable[[dict[str, Any]], list[dict[str, Any]]], what: str) -> list[dict[str, Any]]:
     try:
-        summary = json.loads(_read(path))
-        return [
-            {
-                "name": str(name),
-                "value": _finite(entry["value"]),
-                "low": None if entry.get("low") is None else _finite(entry["low"]),
-                "high": None if entry.get("high") is None else _finite(entry["high"]),
-                "n": int(entry["n"]),
-                "completeness": _finite(entry["completeness"]),
-                "metric_version": str(entry["metric_version"]),
-                "weight_hashes": {str(k): str(v) for k, v in entry["weight_hashes"].items()},
-            }
-            for name, entry in sorted(summary.items())
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LeaderboardError(
-            f"{path} is not a summary of scores ({type(error).__name__}: {error}); score the run again."
-        ) from error
+        return rows(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise LeaderboardError(f"There is no {path}.") from error
+    except KeyError as error:
+        raise LeaderboardError(f"{path} is not {what}: it lacks {error}.") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise LeaderboardError(f"{path} is not {what} ({type(error).__name__}: {error}).") from error
 
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{value} is not a finite number")
+def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:
+    created = datetime.fromisoformat(str(content["created"]))
+    return {
+        "command": str(content["command"]),
+        "code_revision": str(content["code_revision"]),
+        "device": str(content.get("device") or ""),
+        "created": created if created.tzinfo else created.replace(tzinfo=UTC),
+    }
+
+
+def _latency(row: Mapping[str, Any]) -> dict[str, Any]:
+    if unknown := set(row["seconds"]) - set(PARTS):
+        raise ValueError(f"{row['name']} times an unknown part {sorted(unknown)[0]!r}; known are {', '.join(PARTS)}")
+    seconds = {
+        part: {key: _positive(value, f"{row['name']}, {part}, {key}") for key, value in times.items()}
+        for part, times in row["seconds"].items()
+        if times is not None
+    }
+    if "median" not in seconds["total"]:
+        raise KeyError("seconds.total.median")
+    return {
+        "seconds": seconds,
+        **{key: str(row[key]) for key in ("name", "method", "role")},
+        **{key: _text(row.get(key)) for key in ("checkpoint_hash", "dtype")},
+        **{key: _int(row.get(key)) for key in ("m", "n", "h", "frames", "height", "width", "peak_memory_bytes")},
+        **{key: None if row.get(key) is None else finite(row[key]) for key in ("effective_nfe", "guidance")},
+        "batch": int(row["batch"]),
+        "repeats": int(row["repeats"]),
+    }
+
+
+def _preference(row: Mapping[str, Any], hashes: Mapping[str, str | None]) -> dict[str, Any]:
+    numbers = {key: None if row.get(key) is None else finite(row[key]) for key in ("low", "high", "p_value")}
+    value = finite(row["value"])
+    if not 0 <= value <= 1:
+        raise ValueError(f"the preference for {row['a']} is {value}, but it is a share between 0 and 1")
+    counts = {key: int(row[key]) for key in ("wins_a", "wins_b", "ties", "n_votes", "n_prompts", "n_raters")}
+    if min(counts.values()) < 0:
+        raise ValueError(f"{row['a']} against {row['b']} has a negative count")
+    return {
+        **{key: str(row[key]) for key in ("question", "a", "b", "method")},
+        "a_hash": hashes.get(row["a"]),
+        "b_hash": hashes.get(row["b"]),
+        "value": value,
+        **counts,
+        **numbers,
+    }
+
+
+def _claim(row: Mapping[str, Any]) -> dict[str, Any]:
+    verdicts = ("holds", "does not hold", "undecided")
+    if row["verdict"] not in verdicts:
+        raise ValueError(f"the verdict {row['verdict']!r} is none of {', '.join(verdicts)}")
+    return {
+        **{key: str(row[key]) for key in ("claim", "source", "verdict")},
+        **{key: None if row.get(key) is None else finite(row[key]) for key in ("effect", "low", "high")},
+        "n": _int(row.get("n")),
+        "seeds": row.get("seeds"),
+    }
+
+
+def _positive(value: Any, what: str) -> float:
+    number = finite(value)
+    if number < 0:
+        raise ValueError(f"{what} is {number} seconds, but time is never negative")
     return number
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise LeaderboardError(f"{path.parent} is not a finished run: it has no {path.name}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise LeaderboardError(f"Cannot read {path}: {error}.") from error
-
-
-def _section(config: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
-    value = config.get(key)
-    if not isinstance(value, dict):
-        raise LeaderboardError(f"{path} has no section {key!r}; make the run again with this version.")
-    return value
-
-
-def _maybe(values: dict[str, Any], key: str, kind: type[T], path: Path) -> T | None:
-    value = values.get(key)
-    if value is None:
-        return None
-    try:
-        return kind(value)
-    except (TypeError, ValueError) as error:
-        raise LeaderboardError(f"{path} gives {value!r} as {key!r}, which must be {kind.__name__}.") from error
-
-
-def _need(values: dict[str, Any], key: str, kind: type[T], path: Path) -> T:
-    value = _maybe(values, key, kind, path)
-    if value is None:
-        raise LeaderboardError(f"{path} does not state {key!r}; make the run again with this version.")
-    return value
+def _int(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
-
-
-def _base(value: Any) -> str | None:
-    """The base model's reference, revision and hash as one text."""
-    if not isinstance(value, dict):
-        return _text(value)
-    revision = f" at {value['revision']}" if value.get("revision") else ""
-    digest = f", sha256 {value['hash']}" if value.get("hash") else ""
-    return f"{value.get('ref')}{revision}{digest}"
-
-
-def _size(value: Any, path: Path) -> tuple[int | None, int | None]:
-    """(height, width) from [height, width] or "480x832" (height first)."""
-    if value is None:
-        return None, None
-    parts = value.split("x") if isinstance(value, str) else value
-    try:
-        height, width = (int(part) for part in parts)
-    except (TypeError, ValueError) as error:
-        raise LeaderboardError(f"{path} gives the size {value!r}; it must be [height, width].") from error
-    return height, width
-
-
-def _time(value: Any, path: Path) -> datetime:
-    try:
-        time = value if isinstance(value, datetime) else datetime.fromisoformat(value)
-    except (TypeError, ValueError) as error:
-        raise LeaderboardError(f"{path} gives {value!r} as 'created', which must be an ISO 8601 time.") from error
-    return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -1,0 +1,209 @@
+"""Differences between rows of a matrix, with intervals over training seeds and prompts, and verdicts on claims.
+
+A row is a few trainings that differ in the seed, each scored on the same prompts. Its metric has two kinds of noise: that
+of training (few seeds) and that of the prompts. The mean over S seeds and P prompts has the variance
+
+    V = s_seed^2 / S + s_prompt^2 / P - s_rest^2 / (S P),
+
+with s_seed^2 the variance of the seeds' values, s_prompt^2 that of the prompts' means, and s_rest^2 the variance left in
+the S x P table after both (it is part of the first two terms, so it is taken off once; V is never taken below either of
+them). In a difference of two rows the prompts are paired, the seeds are not. The interval is Student's t with
+Satterthwaite's degrees of freedom: with 2 or 3 seeds the percentiles of a bootstrap over seeds and prompts cover the
+truth far less often than 95 % (see tests/test_effects.py, which simulates both).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Verdict = Literal["holds", "does not hold", "undecided"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One metric of one row."""
+
+    values: Floats
+    """(S,) the metric of each seed."""
+    ranges: Floats
+    """(S, 2) its 95 % interval over prompts, from the scorer."""
+    prompts: Floats | None
+    """(S, P) means over the videos of each prompt, the same prompts in the same order in every row; None for metrics of
+    a whole set (distances, diversity)."""
+    trained: bool = True
+    """False for the base model, which has no training noise."""
+
+    @property
+    def seeds(self) -> int:
+        """S."""
+        return len(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    degrees: float
+    """Degrees of freedom of the t distribution; infinite where only the scorer's own interval is used."""
+    over_seeds: bool
+    """Whether the interval covers the noise of training (it cannot with a single seed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Spread between training seeds, taken from many rows together."""
+
+    variance: float
+    """Mean variance between the seeds of one row."""
+    degrees: int
+    """Sum of S - 1 over the rows."""
+
+
+def pooled(rows: Iterable[Scores]) -> Pool | None:
+    """The spread between seeds over all trained rows with two seeds or more; None where there is none.
+
+    Args:
+        rows: one metric of the rows.
+    """
+    parts = [(row.seeds - 1, float(row.values.var(ddof=1))) for row in rows if row.trained and row.seeds > 1]
+    degrees = sum(part[0] for part in parts)
+    if not degrees:
+        return None
+    return Pool(variance=sum(count * variance for count, variance in parts) / degrees, degrees=degrees)
+
+
+def estimate(row: Scores, *, pool: Pool | None = None, bounds: tuple[float, float] | None = None) -> Estimate:
+    """The mean of a row's metric over its seeds.
+
+    Args:
+        row: the scores.
+        pool: spread between seeds to use where it is larger than the row's own.
+        bounds: ends of the scale, at which the interval is cut.
+    """
+    value = float(row.values.mean())
+    alone = row.seeds == 1 and (pool is None or not row.trained)
+    seeds, over_seeds = _seeds(row, pool)
+    terms = [*seeds, _prompts(row)]
+    variance = max(sum(v for v, _ in terms) - _rest(row), *(v for v, _ in terms))
+    if alone or variance == 0:  # one seed: the scorer's interval; no spread at all: its exact bound for 0 % or 100 %
+        low, high = float(row.ranges[:, 0].min()), float(row.ranges[:, 1].max())
+        return Estimate(value=value, low=low, high=high, degrees=np.inf, over_seeds=over_seeds)
+    return _interval(value, variance, terms, over_seeds, bounds)
+
+
+def difference(a: Scores, b: Scores, *, pool: Pool | None = None) -> Estimate:
+    """The metric of a minus that of b.
+
+    Args:
+        a: one row.
+        b: another one, on the same prompts.
+        pool: spread between seeds to use where it is larger than a row's own.
+    """
+    value = float(a.values.mean() - b.values.mean())
+    (seeds_a, over_a), (seeds_b, over_b) = _seeds(a, pool), _seeds(b, pool)
+    rest = 0.0
+    if a.prompts is not None and b.prompts is not None:
+        paired = a.prompts.mean(axis=0) - b.prompts.mean(axis=0)
+        terms = [*seeds_a, *seeds_b, (_variance(paired) / len(paired), len(paired) - 1.0)]
+        rest = _rest(a) + _rest(b)
+    else:
+        terms = [*seeds_a, *seeds_b, _prompts(a), _prompts(b)]
+    variance = max(sum(v for v, _ in terms) - rest, *(v for v, _ in terms))
+    over_seeds = over_a and over_b
+    if variance == 0:
+        low = float(a.ranges[:, 0].min() - b.ranges[:, 1].max())
+        high = float(a.ranges[:, 1].max() - b.ranges[:, 0].min())
+        return Estimate(value=value, low=low, high=high, degrees=np.inf, over_seeds=over_seeds)
+    return _interval(value, variance, terms, over_seeds, None)
+
+
+def verdict(
+    effect: Estimate, direction: Literal["higher", "lower", "same"], margin: float | None = None
+) -> tuple[Verdict, str]:
+    """What an effect (a minus b) says of a claim about a.
+
+    Args:
+        effect: the difference.
+        direction: what is claimed of a.
+        margin: for "same", the largest difference that counts as the same.
+
+    Returns:
+        The verdict and, where it is undecided, why.
+    """
+    if not effect.over_seeds:
+        return "undecided", "a single seed: the noise of training is unknown"
+    if direction == "same":
+        assert margin is not None
+        if -margin <= effect.low and effect.high <= margin:
+            return "holds", ""
+        if effect.low > margin or effect.high < -margin:
+            return "does not hold", ""
+        return "undecided", "the interval reaches both below and above the margin"
+    low, high = (effect.low, effect.high) if direction == "higher" else (-effect.high, -effect.low)
+    if low > 0:
+        return "holds", ""
+    if high < 0:
+        return "does not hold", ""
+    return "undecided", "the interval holds 0"
+
+
+def _seeds(row: Scores, pool: Pool | None) -> tuple[list[tuple[float, float]], bool]:
+    """Term of the training noise, (variance of the mean, degrees), and whether it is known."""
+    if not row.trained:
+        return [], True
+    own = _variance(row.values) if row.seeds > 1 else 0.0
+    if pool is not None:
+        return [(max(own, pool.variance) / row.seeds, float(pool.degrees))], True
+    if row.seeds == 1:
+        return [], False
+    return [(own / row.seeds, row.seeds - 1.0)], True
+
+
+def _prompts(row: Scores) -> tuple[float, float]:
+    """Term of the prompts; for metrics of a whole set from the scorer's intervals, the same prompts in every seed."""
+    if row.prompts is not None:
+        means = row.prompts.mean(axis=0)
+        return _variance(means) / len(means), len(means) - 1.0
+    widths = (row.ranges[:, 1] - row.ranges[:, 0]) / (2 * 1.959964)
+    return float((widths**2).mean()), np.inf
+
+
+def _rest(row: Scores) -> float:
+    """What the terms of seeds and prompts count twice: s_rest^2 / (S P)."""
+    table = row.prompts
+    if table is None or not row.trained or min(table.shape) < 2:
+        return 0.0
+    residual = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
+    seeds, prompts = table.shape
+    return float((residual**2).sum() / ((seeds - 1) * (prompts - 1)) / (seeds * prompts))
+
+
+def _variance(values: Floats) -> float:
+    return float(values.var(ddof=1)) if len(values) > 1 else 0.0
+
+
+def _interval(
+    value: float,
+    variance: float,
+    terms: Sequence[tuple[float, float]],
+    over_seeds: bool,
+    bounds: tuple[float, float] | None,
+) -> Estimate:
+    from scipy.stats import t
+
+    parts = sum(v**2 / degrees for v, degrees in terms if np.isfinite(degrees) and degrees > 0)
+    degrees = variance**2 / parts if parts else np.inf
+    half = float(t.ppf(0.975, degrees)) * variance**0.5 if np.isfinite(degrees) else 1.959964 * variance**0.5
+    low, high = value - half, value + half
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    return Estimate(value=value, low=low, high=high, degrees=float(degrees), over_seeds=over_seeds)
