@@ -1,0 +1,17 @@
+"""Errors of this room: something the user can mend, with the exit code the command line gives it."""
+
+
+class StudyError(ValueError):
+    """A bad design, video set, study folder or database; the message alone says what to do."""
+
+    exit_code = 2
+
+
+class SealedError(StudyError):
+    """Asked for what only an unblinded study shows; nothing is unblinded on the way."""
+
+
+class NotEnoughVotesError(StudyError):
+    """The study has no votes to analyse yet."""
+
+    exit_code = 3
