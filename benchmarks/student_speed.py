@@ -22,12 +22,12 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from students.base import velocity
-from students.dmd2v import Stage2Config, TMDStage2
 from students.method import Batch
 from students.nfe import effective_nfe
 from students.sampling import sample_tmd
 from students.times import grid
 from students.tmd import TMDStudent
+from students.tmd_stage2 import Stage2Config, TMDStage2
 from tmd_eval.provenance import provenance
 
 MICRO = {"blocks": 10, "heads": 4, "head": 32, "ffn": 384, "channels": 8, "latent": (3, 8, 8), "text": 16, "batch": 8}

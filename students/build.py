@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from students.base import Base, load_base, micro_folder
 from students.checkpoint import load_student
 from students.config import TrainConfig
-from students.data import LatentShards, open_data
+from students.data import open_data
 from students.distributed import Ranks
-from students.dmd2v import TMDStage2
 from students.errors import ConfigError
 from students.machine import home
-from students.method import Method
+from students.method import Method, Pairs
 from students.spec import BaseRecord, StudentSpec
-from students.tm_mf import TMMF, TMMFConfig
 from students.tmd import TMDStudent
 from students.weights import combined_hash, weight_files
 
@@ -31,9 +30,9 @@ class Parts:
 
     base: Base
     """The base model; only its transformer is loaded."""
-    data: LatentShards
+    data: Pairs
     """Training pairs."""
-    student: TMDStudent
+    student: nn.Module
     """The network that the run is for."""
     method: Method
     """Losses and the networks they train, the student among them."""
@@ -59,7 +58,7 @@ def build_parts(config: TrainConfig, ranks: Ranks, *, progress: bool = True) -> 
     student, parent = _student(config, base)
     if config.gradient_checkpointing:  # the GAN term back-propagates through the frozen teacher too
         base.transformer.enable_gradient_checkpointing()
-    method = build_method(config, base.transformer, student.to(ranks.device), negative)
+    method = config.kind.build(student.to(ranks.device), base.transformer, negative, config.method)
     for network in method.networks.values():
         network.to(ranks.device).train()
         if config.gradient_checkpointing and isinstance(network, ModelMixin):
@@ -67,45 +66,56 @@ def build_parts(config: TrainConfig, ranks: Ranks, *, progress: bool = True) -> 
     return Parts(base=base, data=data, student=student, method=method, parent=parent)
 
 
-def _encoded(config: TrainConfig, ranks: Ranks, progress: bool) -> tuple[LatentShards, Tensor]:
+def _encoded(config: TrainConfig, ranks: Ranks, progress: bool) -> tuple[Pairs, Tensor]:
     """Data and the negative prompt's embedding; VAE and text encoder are let go afterwards, for they are large."""
     encoder = load_base(config.base, device=ranks.device)
-    data = open_data(encoder, config.data, first=ranks.first, progress=progress)
+    data: Pairs = open_data(encoder, config.data, first=ranks.first, progress=progress)
+    if config.kind.prepare is not None:
+        data = config.kind.prepare(config.method, encoder, data, ranks.first, progress)
     return data, encoder.encode_prompts([encoder.negative_prompt]).float()
 
 
-def _student(config: TrainConfig, base: Base) -> tuple[TMDStudent, dict[str, str] | None]:
-    shape = config.student
-    if config.parent is None:
-        student = TMDStudent.from_teacher(
-            base.transformer, h=shape.h, fusion=shape.fusion, target=shape.target, gate=shape.gate
-        )
-        return student, None
-    folder = Path(config.parent)
-    spec, student = load_student(folder)
-    for name, theirs, ours in (
-        ("student.h", spec.h, shape.h),
-        ("student.fusion", spec.fusion, shape.fusion),
-        ("student.target", spec.target, shape.target),
-        ("base (its weights' hash)", spec.base.hash, base.hash),
-    ):
-        if theirs != ours:
-            raise ConfigError(f"parent {folder} has {name} = {theirs}, but this run {ours}; make them agree.")
-    return student, {"ref": str(folder.resolve()), "hash": combined_hash(weight_files(folder))}
-
-
-def build_method(config: TrainConfig, teacher: WanTransformer3DModel, student: TMDStudent, negative: Tensor) -> Method:
-    """The method of a run.
+def new_student(config: TrainConfig, teacher: WanTransformer3DModel) -> nn.Module:
+    """The student before any training: a flow head on the teacher's weights, or a trainable copy of the teacher.
 
     Args:
         config: the run.
-        teacher: frozen transformer of the base model.
-        student: network to train.
-        negative: embedding of the negative prompt, (1, text_length, D).
+        teacher: transformer of the base model.
     """
-    if isinstance(config.method, TMMFConfig):
-        return TMMF(student, negative, config.method)
-    return TMDStage2(student, teacher, negative, config.method)
+    if not config.kind.flow_head:
+        return copy.deepcopy(teacher).requires_grad_(True)
+    form = config.student
+    return TMDStudent.from_teacher(teacher, h=form.h, fusion=form.fusion, target=form.target, gate=form.gate)
+
+
+def _student(config: TrainConfig, base: Base) -> tuple[nn.Module, dict[str, str] | None]:
+    if config.parent is None:
+        return new_student(config, base.transformer), None
+    folder = Path(config.parent)
+    spec, student = load_student(folder)
+    kind, shape = config.kind, config.student
+    if (spec.h is not None) != kind.flow_head:
+        theirs, ours = ("a", "has none") if spec.h is not None else ("no", "has one")
+        raise ConfigError(
+            f"parent {folder} has {theirs} flow head, but the student of {config.method_name} {ours}; choose another."
+        )
+    if kind.parents is not None and spec.method not in kind.parents:
+        raise ConfigError(
+            f"parent {folder} was trained by {spec.method}, but {config.method_name} goes on from "
+            f"{' or '.join(kind.parents)}; choose another."
+        )
+    agreement: list[tuple[str, object, object]] = [("base (its weights' hash)", spec.base.hash, base.hash)]
+    if kind.flow_head:
+        agreement += [
+            ("student.h", spec.h, shape.h),
+            ("student.fusion", spec.fusion, shape.fusion),
+            ("student.target", spec.target, shape.target),
+        ]
+    for name, theirs_, ours_ in agreement:
+        if theirs_ != ours_:
+            raise ConfigError(f"parent {folder} has {name} = {theirs_}, but this run {ours_}; make them agree.")
+    student.requires_grad_(True)
+    return student, {"ref": str(folder.resolve()), "hash": combined_hash(weight_files(folder))}
 
 
 def student_spec(config: TrainConfig, base: Base, training: dict[str, Any]) -> StudentSpec:
@@ -116,12 +126,11 @@ def student_spec(config: TrainConfig, base: Base, training: dict[str, Any]) -> S
         base: its base model.
         training: provenance.
     """
-    method, shape = config.method, config.student
+    kind, shape = config.kind, config.student
+    head: dict[str, Any] = {"h": shape.h, "fusion": shape.fusion, "target": shape.target} if kind.flow_head else {}
     return StudentSpec(
-        method="tm_mf" if isinstance(method, TMMFConfig) else "tmd",
-        m=method.m, n=method.n, h=shape.h, blocks=base.blocks, fusion=shape.fusion, target=shape.target,
-        gamma_outer=method.gamma_outer, gamma_inner=method.gamma_inner, text_length=base.text_length,
-        base=BaseRecord.of(base), training=training,
+        method=kind.label, blocks=base.blocks, text_length=base.text_length, base=BaseRecord.of(base),
+        training=training, **head, **kind.sampling(config.method),
     )  # fmt: skip
 
 
@@ -142,9 +151,8 @@ def describe(config: TrainConfig) -> str:
     config.check_base(shape.get("num_layers", 40))
     with torch.device("meta"):
         teacher = WanTransformer3DModel.from_config(shape)
-        form = config.student
-        student = TMDStudent.from_teacher(teacher, h=form.h, fusion=form.fusion, target=form.target, gate=form.gate)
-        method = build_method(config, teacher, student, torch.empty(1, 1, shape.get("text_dim", 4096)))
+        negative = torch.empty(1, 1, shape.get("text_dim", 4096))
+        method = config.kind.build(new_student(config, teacher), teacher, negative, config.method)
     for name, network in method.networks.items():
         updates = sum(name in method.turn(i) for i in range(1, config.iterations + 1))
         size = sum(p.numel() for p in network.parameters())

@@ -14,21 +14,19 @@ from typing import Any, Literal
 import yaml
 
 from students.data import DataConfig
-from students.dmd2v import Stage2Config
 from students.errors import ConfigError
+from students.method import Cost, MethodKind, Shape
 from students.nfe import check_h
+from students.registry import METHODS, kind_name, method_kind
 from students.settings import Layer, build, environment_layer, flag_layer, merge, to_tree, yaml_layers
-from students.tm_mf import TMMFConfig
 from students.tmd import FUSIONS, TARGETS
 
-METHODS: dict[str, type] = {"tm_mf": TMMFConfig, "tmd_stage2": Stage2Config}
-"""Name of a method in ``method.name`` to the class of its section."""
 ENVIRONMENT = "TMD_EVAL_TRAIN__"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Shape of the TMD student."""
+    """Shape of the flow head; plain students have none, and leave this section out of account."""
 
     h: int = 5
     """H, blocks of the flow head, 1 to L - 1."""
@@ -87,8 +85,9 @@ class OptimiserConfig:
 class TrainConfig:
     """One training run."""
 
-    method: TMMFConfig | Stage2Config
-    """What is minimised, with M, N and the time shifts; in YAML a section with ``name`` (see METHODS) and settings."""
+    method: Any
+    """What is minimised, with M, N and the time shifts: settings of a method in students.registry.METHODS, in YAML a
+    section with its ``name``; or of one of your own, with the name ``FILE.py:NAME``."""
     out: str
     """Folder of the run: config.yaml, state/, events.jsonl, tensorboard/, and in the end checkpoint/."""
     base: str = "micro"
@@ -126,7 +125,7 @@ class TrainConfig:
     """Iterations between lines of events.jsonl, each the mean since the last."""
 
     def __post_init__(self) -> None:
-        _require(type(self.method) in METHODS.values(), f"method must be one of {', '.join(METHODS)}.")
+        kind_name(self.method)
         _require(bool(self.out), "out must name a folder.")
         for name in ("batch", "iterations", "save_every", "keep", "log_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -137,8 +136,35 @@ class TrainConfig:
 
     @property
     def method_name(self) -> str:
-        """The method's name in METHODS."""
-        return next(name for name, cls in METHODS.items() if type(self.method) is cls)
+        """The method's name: one of METHODS, or FILE.py:NAME."""
+        return kind_name(self.method)
+
+    @property
+    def kind(self) -> MethodKind:
+        """How the method is made and what it costs."""
+        return method_kind(self.method_name)
+
+    def shape(self, blocks: int) -> Shape:
+        """L and, with a flow head, H.
+
+        Args:
+            blocks: L of the base model.
+        """
+        return Shape(blocks, self.student.h if self.kind.flow_head else None)
+
+    def cost(self, blocks: int) -> Cost:
+        """Transformer blocks run by the whole training, over all pairs; what ``prepare`` makes is included.
+
+        The fair measure of "equal total training compute": ``config.cost(L).total``.
+
+        Args:
+            blocks: L of the base model.
+        """
+        shape, kind = self.shape(blocks), self.kind
+        total = Cost() if kind.setup_cost is None else kind.setup_cost(self.method, shape)
+        for iteration in range(1, self.iterations + 1):
+            total = total.plus(kind.cost(self.method, iteration, shape).times(self.batch))
+        return total
 
     def passes(self, world: int) -> tuple[int, int]:
         """Pairs per forward pass and accumulated passes per rank.
@@ -163,12 +189,15 @@ class TrainConfig:
         Raises:
             ConfigError: H is not in 1 to L - 1.
         """
-        check_h(self.student.h, blocks)
+        if self.kind.flow_head:
+            check_h(self.student.h, blocks)
 
     def tree(self) -> dict[str, Any]:
         """Nested plain values, complete: :func:`load_config` reads them back from YAML."""
         tree = to_tree(self)
         tree["method"] = {"name": self.method_name, **tree["method"]}
+        if not self.kind.flow_head:
+            del tree["student"]
         return tree
 
     def yaml(self) -> str:
@@ -197,14 +226,17 @@ def resolve(layers: Iterable[Layer]) -> TrainConfig:
     """The configuration that some layers give together, the last one winning."""
     settings = merge(layers)
     name, source = settings.pop("method.name", (None, ""))
-    if name not in METHODS:
-        what = f"{source}: method.name is {name!r}" if source else "setting method.name is missing"
-        raise ConfigError(f"{what}; choose one of {', '.join(METHODS)}.")
+    if name is None:
+        raise ConfigError(f"setting method.name is missing; choose one of {', '.join(METHODS)}.")
+    try:
+        kind = method_kind(str(name))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     for key in ("m", "n"):  # here, as a method would only say that some time grid has too few steps
         value, source = settings.get(f"method.{key}", (1, ""))
         if isinstance(value, (int, float)) and value < 1:
             raise ConfigError(f"{source}: method.{key} ({key.upper()}) must be at least 1, not {value}.")
-    return build(TrainConfig, settings, {"method": METHODS[name]})
+    return build(TrainConfig, settings, {"method": kind.config})
 
 
 def _require(holds: bool, message: str) -> None:

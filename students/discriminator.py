@@ -1,15 +1,23 @@
-"""Discriminator heads on frozen teacher features (stage 2; structure of FastGen's multiscale_down_mlp_large)."""
+"""Discriminator heads on frozen teacher features (DMD2-v, Table 3): Conv3D, Conv1D-2D and attention.
+
+The paper names the three and prints no structure. Conv3D follows FastGen's multiscale_down_mlp_large; the other two are
+ours: the same head with its 3x3x3 convolutions factorised, and a self-attention over pooled tokens.
+"""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+DISCRIMINATORS = ("conv3d", "conv1d2d", "attention", "none")
 SCALES = (1, 2, 4, 8, 16)
 """Average-pooling factors of the branches of one head, for Wan's latents."""
 HIDDEN = 1024
 """Width of the MLP behind the branches."""
+TOKENS = 8
+"""Largest side, in tokens, of the pooled map that the attention head looks at."""
 _PAPER_WIDTHS = {384: 384, 1280: 608}
 
 
@@ -42,13 +50,19 @@ def _normalised(channels: int) -> list[nn.Module]:
 
 
 class _Branch(nn.Module):
-    """One scale of a head: 1x1x1 convolution, average pooling, 3x3x3 convolution, global pooling."""
+    """One scale of a head: 1x1x1 convolution, average pooling, 3x3x3 convolution, global pooling.
 
-    def __init__(self, channels: int, width: int, scale: int) -> None:
+    Factorised, the 3x3x3 convolution is a 3x3 one in each frame, then one over three frames at each place.
+    """
+
+    def __init__(self, channels: int, width: int, scale: int, factorised: bool) -> None:
         super().__init__()
         self.scale = scale
         self.project = nn.Sequential(nn.Conv3d(channels, width, 1), *_normalised(width))
-        self.mix = nn.Sequential(nn.Conv3d(width, width, 3, padding=1), *_normalised(width))
+        kernels = ((1, 3, 3), (3, 1, 1)) if factorised else ((3, 3, 3),)
+        self.mix = nn.Sequential(
+            *(nn.Conv3d(width, width, kernel, padding="same") for kernel in kernels), *_normalised(width)
+        )
 
     def forward(self, feature: Tensor) -> Tensor:
         """Summarise (B, channels, T, H, W) as (B, width)."""
@@ -59,12 +73,12 @@ class _Branch(nn.Module):
         return self.mix(x).mean(dim=(2, 3, 4))
 
 
-class _Head(nn.Module):
+class _ConvolutionHead(nn.Module):
     """Branches at several scales, concatenated, and an MLP that gives one logit."""
 
-    def __init__(self, channels: int, width: int, scales: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, width: int, scales: tuple[int, ...], factorised: bool) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(_Branch(channels, width, scale) for scale in scales)
+        self.branches = nn.ModuleList(_Branch(channels, width, scale, factorised) for scale in scales)
         # No dropout here, unlike FastGen: every random draw of a step comes from the trainer's generator.
         self.mlp = nn.Sequential(nn.Linear(width * len(scales), HIDDEN), nn.LeakyReLU(0.2), nn.Linear(HIDDEN, 1))
 
@@ -73,24 +87,39 @@ class _Head(nn.Module):
         return self.mlp(torch.cat([branch(feature) for branch in self.branches], dim=1))
 
 
-class Conv3DDiscriminator(nn.Module):
-    """Conv3D heads, one per feature depth, without time or text conditioning (paper, stage 2)."""
+class _AttentionHead(nn.Module):
+    """Self-attention over a pooled map (at most 8 tokens a side), its mean, and an MLP that gives one logit.
 
-    def __init__(
-        self, channels: int, n_features: int, width: int | None = None, scales: tuple[int, ...] = SCALES
-    ) -> None:
-        """Build the heads.
+    There is no position embedding: the teacher's features know their place.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Sequential(nn.Conv3d(channels, width, 1), *_normalised(width))
+        self.norm = nn.LayerNorm(width)
+        self.attend = nn.MultiheadAttention(width, next(n for n in (8, 4, 2, 1) if width % n == 0), batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, HIDDEN), nn.LeakyReLU(0.2), nn.Linear(HIDDEN, 1))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Judge (B, channels, T, H, W) by one logit a sample, (B, 1)."""
+        x = self.project(feature)
+        x = functional.avg_pool3d(x, [math.ceil(side / TOKENS) for side in x.shape[2:]], ceil_mode=True)
+        tokens = x.flatten(2).transpose(1, 2)
+        seen = self.norm(tokens)
+        return self.mlp((tokens + self.attend(seen, seen, seen, need_weights=False)[0]).mean(dim=1))
+
+
+class Discriminator(nn.Module):
+    """One head per feature depth, without time or text conditioning."""
+
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        """Hold the heads.
 
         Args:
-            channels: Channels of each un-patchified feature map.
-            n_features: Number of feature depths, so of heads.
-            width: Channels inside a branch; by default default_width(channels).
-            scales: Pooling factors, one branch each; cut to the sides of the feature map, so that small maps such as
-                the micro world's (3, 4, 4) need no more than (1, 2, 4).
+            heads: Each takes a map (B, channels, T, H, W) and gives logits (B, 1).
         """
         super().__init__()
-        width = default_width(channels) if width is None else width
-        self.heads = nn.ModuleList(_Head(channels, width, scales) for _ in range(n_features))
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Judge samples by their teacher features.
@@ -102,6 +131,27 @@ class Conv3DDiscriminator(nn.Module):
             Logits (B, n_features), float32, large for real.
         """
         return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1).float()
+
+
+def make_discriminator(
+    kind: str, channels: int, n_features: int, width: int | None = None, scales: tuple[int, ...] = SCALES
+) -> Discriminator:
+    """A discriminator with new weights from torch's global random state.
+
+    Args:
+        kind: "conv3d" (the paper's default), "conv1d2d" or "attention".
+        channels: Channels of each un-patchified feature map.
+        n_features: Number of feature depths, so of heads.
+        width: Channels inside a head; by default default_width(channels).
+        scales: Pooling factors of the convolutional kinds, one branch each; cut to the sides of the feature map, so
+            that small maps such as the micro world's (3, 4, 4) need no more than (1, 2, 4).
+    """
+    width = default_width(channels) if width is None else width
+    if kind == "attention":
+        return Discriminator(_AttentionHead(channels, width) for _ in range(n_features))
+    return Discriminator(
+        _ConvolutionHead(channels, width, scales, factorised=kind == "conv1d2d") for _ in range(n_features)
+    )
 
 
 def default_feature_blocks(blocks: int) -> tuple[int, ...]:

@@ -1,116 +1,38 @@
-"""Stage 2, DMD2-v: distribution matching (VSD), fake score and GAN, with the flow head rolled out for TMD.
+"""DMD2-v: distribution matching (VSD), fake score and GAN, for any student; and the plain few-step student.
 
 Three networks: the student; the fake score, a copy of the teacher that follows the student's distribution; the
-discriminator on the frozen teacher's features. The student moves every 5th iteration, the other two in between.
+discriminator on the frozen teacher's features. The student moves every 5th iteration, the other two in between. The
+baseline's student is a whole Wan transformer; TMD's flow head joins in :mod:`students.tmd_stage2`.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.nn import functional
 
 from students.base import clean, features, guided, velocity
-from students.discriminator import SCALES, Conv3DDiscriminator, default_feature_blocks
+from students.discriminator import DISCRIMINATORS, SCALES, default_feature_blocks, make_discriminator
 from students.errors import ConfigError
-from students.method import Batch, draw_noise, gate_metric, interpolate, per_sample
-from students.times import Shift, grid, sample_times
-from students.tmd import TMDStudent
+from students.losses import (
+    approximate_r1,
+    discriminator_loss,
+    fake_score_loss,
+    frozen,
+    generator_gan_loss,
+    vsd_gradient,
+    vsd_loss,
+)
+from students.method import Batch, Cost, MethodKind, Shape, draw_noise, gate_metric, interpolate
+from students.plain import NEXT_POINT, plain_estimate, walk
+from students.times import HIGH, LOW, Shift, grid, sample_times
 
-NORM_FLOOR = 1e-6
 Generate = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(clean latents, text, generator) -> x_hat, the student's clean sample, with gradients."""
-
-
-def vsd_gradient(x_hat: Tensor, g_fake: Tensor, g_teacher: Tensor, norm: Literal["x_hat", "printed"]) -> Tensor:
-    """Direction of variational score distillation, (g_fake - g_teacher) / norm, detached, at least float32.
-
-    Args:
-        x_hat: Student samples (B, C, T, H, W).
-        g_fake: Clean estimates of the noised samples by the fake score, same shape.
-        g_teacher: Those by the teacher, with guidance.
-        norm: Per-sample mean of |x_hat - g_teacher| ("x_hat", as DMD2, FastGen and rCM) or of |g_fake - g_teacher|
-            ("printed", as the TMD paper prints); both at least 1e-6.
-    """
-    precision = torch.promote_types(x_hat.dtype, torch.float32)
-    x_hat, g_fake, g_teacher = (part.detach().to(precision) for part in (x_hat, g_fake, g_teacher))
-    difference = g_fake - g_teacher
-    scale = x_hat - g_teacher if norm == "x_hat" else difference
-    return difference / scale.abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=NORM_FLOOR)
-
-
-def vsd_loss(x_hat: Tensor, gradient: Tensor) -> Tensor:
-    """Half the mean squared distance to stopgrad(x_hat - gradient); its gradient in x_hat is gradient / numel.
-
-    Args:
-        x_hat: Student samples (B, C, T, H, W).
-        gradient: From vsd_gradient, same shape.
-    """
-    x_hat = x_hat.to(gradient.dtype)
-    return 0.5 * functional.mse_loss(x_hat, (x_hat - gradient).detach())
-
-
-def fake_score_loss(v: Tensor, x_hat: Tensor, noise: Tensor) -> Tensor:
-    """Unweighted velocity regression, mean |v - (noise - x_hat)|^2; nothing flows into the student.
-
-    Args:
-        v: The fake score's velocity at (1 - t) x_hat + t noise, (B, C, T, H, W).
-        x_hat: Student samples.
-        noise: Standard normal noise.
-    """
-    return functional.mse_loss(v, (noise - x_hat).detach())
-
-
-def generator_gan_loss(fake: Tensor) -> Tensor:
-    """Non-saturating loss of the student, mean over samples and heads of -log sigmoid(D(fake)).
-
-    Args:
-        fake: Logits (B, heads).
-    """
-    return functional.softplus(-fake).mean()
-
-
-def discriminator_loss(fake: Tensor, real: Tensor) -> Tensor:
-    """Negative minimax log-likelihood, mean of -log(1 - sigmoid(D(fake))) plus mean of -log sigmoid(D(real)).
-
-    Args:
-        fake: Logits of noised student samples, (B, heads).
-        real: Logits of noised data, (B, heads).
-    """
-    return functional.softplus(fake).mean() + functional.softplus(-real).mean()
-
-
-def approximate_r1(real: Tensor, perturbed: Tensor) -> Tensor:
-    """Finite-difference stand-in for the R1 penalty, mean |D(real) - D(real + small noise)|^2 (as in FastGen).
-
-    Args:
-        real: Logits of noised data, (B, heads).
-        perturbed: Logits of the same data, slightly perturbed before noising.
-    """
-    return functional.mse_loss(perturbed, real)
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Keep parameters out of the graphs built inside, so that gradients pass through but not into the network.
-
-    Args:
-        network: Any module.
-    """
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +55,13 @@ class DMD2VConfig:
     """Strength of the rational shift of t_dmd, at least 1."""
     sigma_dmd: float = 0.1
     """Standard deviation of the Gaussian shift of t_dmd."""
+    shift_outer: Literal["rational", "gaussian"] = "rational"
+    """Kind of shift of the student's times. "gaussian": the grid is i / M, cut at 0.999, and training moves each point
+    by N(0, sigma_outer^2), within [0.001, 0.999]."""
+    sigma_outer: float = 0.1
+    """Standard deviation of the Gaussian shift of the student's times."""
+    discriminator: Literal["conv3d", "conv1d2d", "attention", "none"] = "conv3d"
+    """Kind of the heads; "none": no GAN at all."""
     gan_weight: float = 0.03
     """Weight of the student's GAN loss beside VSD; 0 leaves the discriminator out."""
     feature_blocks: tuple[int, ...] | None = None
@@ -147,11 +76,15 @@ class DMD2VConfig:
     """Standard deviation of its perturbation of the latents."""
 
     def __post_init__(self) -> None:
-        grid(self.m, self.gamma_outer)
+        self.outer_grid()
         self.t_dmd()
+        if self.discriminator not in DISCRIMINATORS:
+            raise ConfigError(
+                f"The discriminator {self.discriminator!r} is unknown; choose one of {', '.join(DISCRIMINATORS)}."
+            )
         if self.student_every < 2:
             raise ConfigError(f"student_every is {self.student_every}; from 2 on the fake score gets to move too.")
-        for name in ("gan_weight", "r1_weight", "r1_sigma"):
+        for name in ("gan_weight", "r1_weight", "r1_sigma", "sigma_outer"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0.")
         if self.norm not in ("x_hat", "printed"):
@@ -161,29 +94,49 @@ class DMD2VConfig:
         """The shift of the noise level in the losses."""
         return Shift(kind=self.shift_dmd, gamma=self.gamma_dmd, sigma=self.sigma_dmd)
 
+    @property
+    def adversarial(self) -> bool:
+        """True if there is a discriminator."""
+        return self.discriminator != "none" and self.gan_weight > 0
+
+    @property
+    def sampling_gamma(self) -> float:
+        """Shift of the grid that the student is sampled on."""
+        return self.gamma_outer if self.shift_outer == "rational" else 1.0
+
+    def outer_grid(self) -> Tensor:
+        """The student's grid 0 = t_0 < ... < t_M, float64."""
+        return grid(self.m, self.sampling_gamma)
+
+    def outer_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random times of t_1 .. t_M, each equally likely, float64 (count,) on the CPU.
+
+        Args:
+            count: How many.
+            generator: Source of the draws.
+        """
+        index = torch.randint(1, self.m + 1, (count,), generator=generator, device=generator.device).cpu()
+        t = self.outer_grid()[index]
+        if self.shift_outer == "rational":
+            return t
+        alpha = torch.randn(count, generator=generator, dtype=torch.float64, device=generator.device).cpu()
+        return (t + self.sigma_outer * alpha).clamp(LOW, HIGH)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Stage2Config(DMD2VConfig):
-    """Hyper-parameters of TMD's stage 2: those of DMD2-v, and how x_hat is made."""
+class PlainDMD2VConfig(DMD2VConfig):
+    """Hyper-parameters of the baseline: those of DMD2-v, and how its plain student samples."""
 
-    n: int = 2
-    """N, inner steps, at least 1."""
-    gamma_inner: float = 10.0
-    """Shift of the inner grid, at least 1."""
-    rollout: bool = True
-    """Train through all N inner steps; false (ablation): through one jump from s_N to 0, with N steps in sampling."""
-    x_hat: Literal["ours", "printed"] = "ours"
-    """For y = x1 - x: x_t - t y ("ours"), or x1 - y as the paper prints, whose variance is too large for 0 < t < 1."""
+    sampler: Literal["ode", "sde"] = "ode"
+    """From one point of the grid to the next: "ode", along the straight path (Eq. 18), or "sde", re-noised (Eq. 19)."""
+    backward_simulation: bool = False
+    """Train on the student's own samples at t_i, reached from noise by its sampler (as the original DMD2), instead of
+    noised data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        grid(self.n, self.gamma_inner)
-        if self.x_hat not in ("ours", "printed"):
-            raise ConfigError(f"The form {self.x_hat!r} of x_hat is unknown; choose ours or printed.")
-
-    def inner_grid(self) -> Tensor:
-        """The inner grid of a training step, float64."""
-        return grid(self.n if self.rollout else 1, self.gamma_inner)
+        if self.sampler not in NEXT_POINT:
+            raise ConfigError(f"The sampler {self.sampler!r} is unknown; choose one of {', '.join(NEXT_POINT)}.")
 
 
 class DMD2V:
@@ -210,11 +163,12 @@ class DMD2V:
         self.negative, self.config = negative, config
         self.fake_score = copy.deepcopy(teacher).requires_grad_(True)
         self.networks: dict[str, nn.Module] = {"student": student, "fake_score": self.fake_score}
-        if config.gan_weight:
+        if config.adversarial:
             shape = teacher.config
             width = shape.num_attention_heads * shape.attention_head_dim
             self.blocks = config.feature_blocks or default_feature_blocks(len(teacher.blocks))
-            self.discriminator = Conv3DDiscriminator(
+            self.discriminator = make_discriminator(
+                config.discriminator,
                 width // math.prod(shape.patch_size),
                 len(self.blocks),
                 config.discriminator_width,
@@ -245,11 +199,11 @@ class DMD2V:
         t, noise = self._noise_level(batch.latents, generator)
         x_t = interpolate(x_hat, noise, t)
         seen: list[Tensor] = []
-        if config.gan_weight:
+        if config.adversarial:
             # One forward pass of the teacher serves both: its velocity for VSD, its features, with graph, for the GAN.
             v_teacher, seen = features(self.teacher, x_t, t, text, self.blocks)
         with torch.no_grad():
-            if not config.gan_weight:
+            if not config.adversarial:
                 v_teacher = velocity(self.teacher, x_t, t, text)
             if config.guidance != 1:
                 bare = velocity(self.teacher, x_t, t, self.negative.to(text).expand_as(text))
@@ -258,7 +212,7 @@ class DMD2V:
             gradient = vsd_gradient(x_hat, clean(x_t, t, v_fake), clean(x_t, t, v_teacher), config.norm)
         terms = {"vsd": vsd_loss(x_hat, gradient)}
         self._figures = {"vsd_gradient": gradient.abs().mean()}
-        if config.gan_weight:
+        if config.adversarial:
             with frozen(self.discriminator):
                 logits = self.discriminator(seen)
             terms["gan"] = config.gan_weight * generator_gan_loss(logits)
@@ -273,7 +227,7 @@ class DMD2V:
             x_t = interpolate(x_hat, noise, t)
         terms = {"fake_score": fake_score_loss(velocity(self.fake_score, x_t, t, text), x_hat, noise)}
         self._figures = {}
-        if config.gan_weight:
+        if config.adversarial:
             fake = self._judge(x_t, t, text)
             real = self._judge(interpolate(batch.latents, noise, t), t, text)  # same t and noise as the fake
             terms["discriminator"] = discriminator_loss(fake, real)
@@ -294,44 +248,87 @@ class DMD2V:
         return self.discriminator(seen)
 
 
-class TMDStage2(DMD2V):
-    """TMD's stage 2: DMD2-v whose student sample is the rolled-out inner flow."""
+def plain_sample(
+    student: nn.Module, x: Tensor, text: Tensor, generator: torch.Generator, config: PlainDMD2VConfig
+) -> Tensor:
+    """x_hat = g(x_t, t) of the plain student at a random t of t_1 .. t_M, with gradients.
+
+    Args:
+        student: Wan transformer.
+        x: Clean latents (B, C, T, H, W), noised to t; with backward simulation only their shape matters.
+        text: Prompt embeddings (B, text_length, D).
+        generator: Source of every draw.
+        config: Grid and sampler.
+    """
+    if config.backward_simulation:
+        # One t for all samples of a pass: each then costs no more steps than it needs.
+        i = int(torch.randint(1, config.m + 1, (1,), generator=generator, device=generator.device))
+        points = config.outer_grid()[i:].tolist()
+        with torch.no_grad():
+            start = draw_noise(x, generator)
+            x_t = walk(student, start, text, points, config.sampler, lambda: draw_noise(x, generator))
+        t = torch.full((len(x),), points[0], dtype=torch.float64, device=x.device)
+    else:
+        t = config.outer_times(len(x), generator).to(x.device)
+        x_t = interpolate(x, draw_noise(x, generator), t)
+    return plain_estimate(student, x_t, t, text)
+
+
+class PlainDMD2V(DMD2V):
+    """The baseline DMD2-v: the losses above on a whole Wan transformer, no flow head."""
 
     def __init__(
-        self, student: TMDStudent, teacher: WanTransformer3DModel, negative: Tensor, config: Stage2Config
+        self, student: nn.Module, teacher: WanTransformer3DModel, negative: Tensor, config: PlainDMD2VConfig
     ) -> None:
         """Set the method up; see DMD2V.
 
         Args:
-            student: Network to train, from stage 1.
+            student: Copy of the teacher to train, for M = 1 from the KD warm-up (:mod:`students.kd`).
             teacher: Frozen base model.
             negative: Embedding of the negative prompt, (1, text_length, D).
             config: Hyper-parameters.
         """
 
         def generate(x: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-            return rollout_sample(student, x, text, generator, config)
+            return plain_sample(student, x, text, generator, config)
 
         super().__init__(student, generate, teacher, negative, config)
 
 
-def rollout_sample(
-    student: TMDStudent, x: Tensor, text: Tensor, generator: torch.Generator, config: Stage2Config
-) -> Tensor:
-    """x_hat from noised data x_t at a random t of t_1 .. t_M, with gradients through all inner steps (stage 2).
+def alternation_cost(config: DMD2VConfig, iteration: int, blocks: int, sample: Cost) -> Cost:
+    """What one iteration of the alternation costs for one pair.
 
     Args:
-        student: The student.
-        x: Clean latents (B, C, T, H, W); no backward simulation of the outer loop.
-        text: Prompt embeddings (B, text_length, D).
-        generator: Source of every draw.
-        config: Grids and the form of x_hat.
+        config: Hyper-parameters.
+        iteration: Counts from 1.
+        blocks: L.
+        sample: Cost of making x_hat with gradients.
     """
-    index = torch.randint(1, config.m + 1, (len(x),), generator=generator, device=generator.device).cpu()
-    t = grid(config.m, config.gamma_outer)[index].to(x.device)
-    x1, y1 = draw_noise(x, generator), draw_noise(x, generator)
-    x_t = interpolate(x, x1, t)
-    y = student.rollout(student.backbone(x_t, t, text), y1, config.inner_grid(), x_t=x_t, t=t)
-    if student.target == "x":
-        return y
-    return x1 - y if config.x_hat == "printed" else x_t - per_sample(t, y).to(y.dtype) * y
+    if iteration % config.student_every == 0:
+        guidance = blocks if config.guidance != 1 else 0
+        seen = max(config.feature_blocks or default_feature_blocks(blocks)) + 1
+        through = seen / 2 if config.adversarial else 0
+        return sample.plus(Cost(2 * blocks + guidance, through))  # teacher and fake score; back through the teacher
+    judged = (2 + (config.r1_weight > 0)) * blocks if config.adversarial else 0
+    return Cost(sample.forwards + blocks + judged, blocks)
+
+
+def plain_cost(config: PlainDMD2VConfig, iteration: int, shape: Shape) -> Cost:
+    """Expected cost of an iteration for one pair; backward simulation adds (M - 1) / 2 passes on average."""
+    simulated = (config.m - 1) / 2 if config.backward_simulation else 0
+    sample = Cost(shape.blocks * (1 + simulated), shape.blocks)
+    return alternation_cost(config, iteration, shape.blocks, sample)
+
+
+def plain_sampling(config: PlainDMD2VConfig) -> dict[str, Any]:
+    """How the baseline's student is sampled, for ``student.json``."""
+    return {"m": config.m, "sampler": config.sampler, "gamma_outer": config.sampling_gamma}
+
+
+DMD2V_KIND = MethodKind(
+    label="dmd2-v",
+    config=PlainDMD2VConfig,
+    build=PlainDMD2V,
+    sampling=plain_sampling,
+    cost=plain_cost,
+)

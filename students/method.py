@@ -1,9 +1,17 @@
-"""What the trainer knows of a distillation method: its networks, whose turn it is, and its weighted losses."""
+"""What the trainer knows of a distillation method: its networks, whose turn it is, its weighted losses, what it costs.
 
+A method is a class with the members of :class:`Method`; :class:`MethodKind` says how to make one from its settings and
+how its student is sampled. docs/your-own-student.md shows one from beginning to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 
@@ -15,6 +23,24 @@ class Batch:
     """Normalised clean latents x, float, (B, C, T, H, W)."""
     text: Tensor
     """Prompt embeddings, zeros at padding, (B, text_length, D)."""
+
+
+class Pairs(Protocol):
+    """A source of training pairs, such as :class:`students.data.LatentShards`."""
+
+    hash: str
+    """sha256 that changes with the content."""
+
+    def draw(self, seed: int, iteration: int, batch: int, part: slice) -> Batch:
+        """Some of the pairs of one iteration's global batch, as a pure function of the arguments.
+
+        Args:
+            seed: The run's.
+            iteration: Counts from 1.
+            batch: Size of the global batch.
+            part: Which of its positions.
+        """
+        ...
 
 
 class Method(Protocol):
@@ -47,6 +73,67 @@ class Method(Protocol):
     def metrics(self) -> dict[str, float]:
         """Figures worth logging from the latest call of losses, the fusion gate among them."""
         ...
+
+
+class Cost(NamedTuple):
+    """Transformer blocks run for one training pair; embeddings, output layers and discriminators are not counted."""
+
+    forwards: float = 0.0
+    """Block forwards. A forward-mode derivative counts 2: value and tangent."""
+    backwards: float = 0.0
+    """Block backwards. Through frozen weights a backward counts one half: the gradients of the weights are left out.
+    Gradient checkpointing, which repeats forwards to save memory, is not counted."""
+
+    @property
+    def total(self) -> float:
+        """Forwards plus twice the backwards, in forwards of one block."""
+        return self.forwards + 2 * self.backwards
+
+    def plus(self, other: Cost) -> Cost:
+        """Sum of two costs."""
+        return Cost(self.forwards + other.forwards, self.backwards + other.backwards)
+
+    def times(self, factor: float) -> Cost:
+        """Cost of so many repetitions."""
+        return Cost(self.forwards * factor, self.backwards * factor)
+
+
+class Shape(NamedTuple):
+    """What the cost of an iteration depends on beside the method's settings."""
+
+    blocks: int
+    """L."""
+    h: int | None
+    """H; None for a plain student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodKind:
+    """How the trainer makes a method from its settings, and what ``student.json`` says of its student.
+
+    The functions get the method's settings, an instance of ``config``.
+    """
+
+    label: str
+    """Name of the method in ``student.json`` and in tables."""
+    config: type
+    """Frozen dataclass of the settings: the section ``method`` of the YAML file."""
+    build: Callable[[Any, WanTransformer3DModel, Tensor, Any], Method]
+    """(student, frozen teacher, embedding of the negative prompt (1, text_length, D), settings) -> the method."""
+    sampling: Callable[[Any], dict[str, Any]]
+    """Settings -> those fields of :class:`students.spec.StudentSpec` that say how the student is sampled: ``m``,
+    ``sampler`` and ``gamma_outer`` or ``outer_grid``, with a flow head also ``n`` and ``gamma_inner``."""
+    cost: Callable[[Any, int, Shape], Cost]
+    """(settings, iteration from 1, shape) -> expected cost of the iteration, for one training pair."""
+    flow_head: bool = False
+    """True for TMD students; else the student is a whole Wan transformer that starts as a copy of the teacher."""
+    parents: tuple[str, ...] | None = None
+    """Labels of the students that a run may start from in ``parent``; None: any of the same shape."""
+    prepare: Callable[..., Pairs] | None = None
+    """(settings, base model, pairs, first, progress) -> what to train on instead of the pairs, made on first use; see
+    :func:`students.kd.open_trajectories`. None: the pairs themselves."""
+    setup_cost: Callable[[Any, Shape], Cost] | None = None
+    """(settings, shape) -> cost of all that ``prepare`` makes; None: nothing."""
 
 
 def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,14 +6,14 @@ asks u(y_s, s, r; m) = v - (s - r) du/ds along dy/ds = v, dr/ds = 0 (MeanFlow's 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from students.errors import ConfigError
-from students.method import Batch, draw_noise, gate_metric, interpolate, per_sample
+from students.method import Batch, Cost, MethodKind, Shape, draw_noise, gate_metric, interpolate, per_sample
 from students.times import HIGH, LOW, Shift, grid, sample_times
 from students.tmd import Features, TMDStudent
 
@@ -293,3 +293,29 @@ class TMMF:
     def metrics(self) -> dict[str, float]:
         """Errors of the latest step and the fusion gate."""
         return {key: float(value) for key, value in self._figures.items()} | gate_metric(self.student)
+
+
+def tm_mf_cost(config: TMMFConfig, iteration: int, shape: Shape) -> Cost:
+    """Expected cost of an iteration for one pair: the student, its guidance, and du/ds where r < s."""
+    assert shape.h is not None
+    guidance = (1 - config.dropout) * shape.blocks if config.guidance != 1 else 0
+    derivative = (1 - config.matching_share) * 2 * shape.h  # two heads; or value and tangent of one
+    return Cost(shape.blocks + guidance + derivative, shape.blocks)
+
+
+def tm_mf_sampling(config: TMMFConfig) -> dict[str, Any]:
+    """How the student is sampled, for ``student.json``."""
+    return {
+        "m": config.m, "n": config.n, "sampler": "tmd", "gamma_outer": config.gamma_outer,
+        "gamma_inner": config.gamma_inner,
+    }  # fmt: skip
+
+
+TM_MF_KIND = MethodKind(
+    label="tm_mf",
+    config=TMMFConfig,
+    build=lambda student, teacher, negative, config: TMMF(student, negative, config),
+    sampling=tm_mf_sampling,
+    cost=tm_mf_cost,
+    flow_head=True,
+)

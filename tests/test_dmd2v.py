@@ -10,24 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from students.base import clean, guided, velocity
-from students.dmd2v import (
-    DMD2V,
-    DMD2VConfig,
-    Stage2Config,
-    TMDStage2,
+from students.dmd2v import DMD2V, DMD2VConfig
+from students.errors import ConfigError
+from students.losses import (
     approximate_r1,
     discriminator_loss,
     fake_score_loss,
     frozen,
     generator_gan_loss,
-    rollout_sample,
     vsd_gradient,
     vsd_loss,
 )
-from students.errors import ConfigError
 from students.method import Batch, draw_noise, interpolate
 from students.times import Shift, grid, sample_times
 from students.tmd import Features, TMDStudent
+from students.tmd_stage2 import Stage2Config, TMDStage2, rollout_sample
 from tests.tiny import CHANNELS, TEXT_LENGTH, TEXT_WIDTH, tiny_transformer
 
 SHAPE = (CHANNELS, 2, 4, 4)

@@ -1,0 +1,71 @@
+"""The methods that a configuration can name."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from students.dmd2v import DMD2V_KIND
+from students.errors import ConfigError
+from students.method import MethodKind
+from students.tm_mf import TM_MF_KIND
+from students.tmd_stage2 import STAGE2_KIND
+
+METHODS: dict[str, MethodKind] = {
+    "tm_mf": TM_MF_KIND,
+    "tmd_stage2": STAGE2_KIND,
+    "dmd2v": DMD2V_KIND,
+}
+"""Name in ``method.name`` to the kind of method."""
+_OWN: dict[str, MethodKind] = {}
+
+
+def method_kind(name: str) -> MethodKind:
+    """The kind of method of that name.
+
+    Args:
+        name: one of METHODS, or ``FILE.py:NAME`` for a :class:`MethodKind` of your own: the file is run, so name only
+            files you trust.
+
+    Raises:
+        ConfigError: there is no such method, file or kind; says which there are.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name in _OWN:
+        return _OWN[name]
+    file, _, attribute = name.rpartition(":")
+    if not file.endswith(".py") or not attribute.isidentifier():
+        raise ConfigError(
+            f"method.name is {name!r}; choose one of {', '.join(METHODS)}, or FILE.py:NAME for a method of your own."
+        )
+    kind = getattr(_run(Path(file), name), attribute, None)
+    if not isinstance(kind, MethodKind):
+        raise ConfigError(f"{file} has no MethodKind called {attribute}; see docs/your-own-student.md.")
+    _OWN[name] = kind
+    return kind
+
+
+def _run(path: Path, name: str) -> object:
+    if not path.is_file():
+        raise ConfigError(f"method.name is {name!r}, but there is no file {path}; give its path from here.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kind_name(settings: object) -> str:
+    """The name of the method whose settings these are.
+
+    Args:
+        settings: an instance of a kind's ``config``.
+
+    Raises:
+        ConfigError: no kind that has been used so far has this class.
+    """
+    for name, kind in (METHODS | _OWN).items():
+        if type(settings) is kind.config:
+            return name
+    raise ConfigError(f"method must be one of {', '.join(METHODS)}, not a {type(settings).__name__}.")
