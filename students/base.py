@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -15,14 +16,17 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from students.errors import ConfigError, EnvironmentMissingError
 from students.machine import home
+from students.text_cache import TextCache
 from students.tmd import unpatchify
 from students.weights import combined_hash, read_json, weight_files
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+LARGE_ENCODER = 2**26
+"""Bytes of text encoder from which captions' embeddings are kept on disk; below, encoding costs less than a file."""
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
@@ -61,13 +65,24 @@ class Base:
         text_length, negative_prompt, frames, height, width, fps, guidance: see :class:`Facts`.
         blocks: L.
         latent_shape: (C, T, H, W) of one video's latents.
+        offload: networks lie in the CPU's memory and visit the device only while they compute.
+        vae_tiling: the VAE decodes overlapping tiles: less memory, and pixels near the seams differ slightly.
     """
 
     def __init__(
-        self, ref: str, revision: str | None, folder: Path, device: str | torch.device, dtype: torch.dtype
+        self,
+        ref: str,
+        revision: str | None,
+        folder: Path,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        *,
+        offload: bool = False,
+        vae_tiling: bool = False,
     ) -> None:
         self.ref, self.revision, self.folder = ref, revision, folder
         self.device, self.dtype = torch.device(device), dtype
+        self.offload, self.vae_tiling = offload, vae_tiling
         index = read_json(folder / "model_index.json")
         if (index.get("transformer_2") or [None])[0] is not None or index.get("expand_timesteps"):
             raise ConfigError(f"{ref} is a Wan2.2 pipeline (two transformers or a time per token); use a Wan2.1 one.")
@@ -93,15 +108,35 @@ class Base:
         """sha256 over the sorted sha256 of the components' weight files."""
         return combined_hash(path for component in COMPONENTS for path in weight_files(self.folder / component))
 
+    @property
+    def storage(self) -> torch.device:
+        """Where networks lie between uses: the device, or the CPU with ``offload``."""
+        return torch.device("cpu") if self.offload else self.device
+
+    @contextmanager
+    def resident(self, *networks: nn.Module) -> Iterator[None]:
+        """With ``offload``, keep networks on the device while open; else nothing is moved."""
+        moved = networks if self.offload else ()
+        try:
+            for network in moved:
+                network.to(self.device)
+            yield
+        finally:
+            for network in moved:
+                network.to(self.storage)
+
     @cached_property
     def transformer(self) -> WanTransformer3DModel:
         """The teacher's network, frozen, in evaluation mode."""
-        return _load(WanTransformer3DModel, self.folder / "transformer", self.device, torch_dtype=self.dtype)
+        return _load(WanTransformer3DModel, self.folder / "transformer", self.storage, torch_dtype=self.dtype)
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
         """The VAE, always float32 (lower precision shows), frozen."""
-        return _load(AutoencoderKLWan, self.folder / "vae", self.device, torch_dtype=torch.float32)
+        vae = _load(AutoencoderKLWan, self.folder / "vae", self.storage, torch_dtype=torch.float32)
+        if self.vae_tiling:
+            vae.enable_tiling()
+        return vae
 
     @cached_property
     def scheduler(self) -> Any:
@@ -116,7 +151,7 @@ class Base:
     def _text_pipeline(self) -> WanPipeline:
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        encoder = _load(UMT5EncoderModel, self.folder / "text_encoder", self.device, dtype=self.dtype)
+        encoder = _load(UMT5EncoderModel, self.folder / "text_encoder", self.storage, dtype=self.dtype)
         return WanPipeline(
             tokenizer=AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True),
             text_encoder=encoder,
@@ -127,10 +162,35 @@ class Base:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Caption embeddings (B, text_length, D), zero at padding, by ``WanPipeline``'s own code."""
-        embeddings, _ = self._text_pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
-        )
-        return embeddings
+        pipeline = self._text_pipeline
+        with self.resident(pipeline.text_encoder):
+            return pipeline.encode_prompt(
+                list(prompts),
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.text_length,
+                device=self.device,
+            )[0]
+
+    def embeddings(self, prompts: Sequence[str]) -> Tensor:
+        """As :meth:`encode_prompts`, but what a large text encoder has encoded before is read from disk."""
+        cache = self._text_cache
+        if cache is None:
+            return self.encode_prompts(prompts)
+        known = {prompt: cache.get(prompt) for prompt in prompts}
+        if lacking := [prompt for prompt, found in known.items() if found is None]:
+            for prompt, embedding in zip(lacking, self.encode_prompts(lacking), strict=True):
+                cache.put(prompt, embedding)
+                known[prompt] = embedding
+        return torch.stack([known[prompt].to(self.device) for prompt in prompts])  # type: ignore[union-attr]
+
+    @cached_property
+    def _text_cache(self) -> TextCache | None:
+        encoder = weight_files(self.folder / "text_encoder")
+        if sum(path.stat().st_size for path in encoder) < LARGE_ENCODER:
+            return None
+        tokenizer = combined_hash(path for path in (self.folder / "tokenizer").iterdir() if path.is_file())
+        identity = f"{combined_hash(encoder)} {tokenizer} {self.text_length} {self.dtype}"
+        return TextCache(home() / "text", identity, self.text_length)
 
     @torch.no_grad()
     def encode_videos(self, videos: Tensor) -> Tensor:
@@ -142,7 +202,8 @@ class Base:
         pixels = videos.to(self.device, torch.float32)
         if not videos.is_floating_point():
             pixels = pixels / 255
-        z = self.vae.encode((pixels * 2 - 1).permute(0, 4, 1, 2, 3)).latent_dist.mode()
+        with self.resident(self.vae):
+            z = self.vae.encode((pixels * 2 - 1).permute(0, 4, 1, 2, 3)).latent_dist.mode()
         mean, std = self._latent_statistics
         return (z - mean) / std
 
@@ -150,7 +211,8 @@ class Base:
     def decode(self, latents: Tensor) -> Tensor:
         """Videos (B, frames, height, width, 3), uint8 (clamped and rounded), from normalised latents."""
         mean, std = self._latent_statistics
-        pixels = self.vae.decode(latents.to(self.device, torch.float32) * std + mean).sample
+        with self.resident(self.vae):
+            pixels = self.vae.decode(latents.to(self.device, torch.float32) * std + mean).sample
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
 
     @property
@@ -167,18 +229,31 @@ def micro_folder() -> Path:
     return Path(str(resources.files("students.micro") / "weights"))
 
 
-def load_base(ref: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+def load_base(
+    ref: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    vae_tiling: bool = False,
+) -> Base:
     """The base model that ``ref`` names; weights are checked now and loaded when first used.
 
     Args:
         ref: "micro" (the shipped teacher), a diffusers pipeline folder, or a hub id, with ``@REVISION`` if wanted.
         device: where the networks run.
         dtype: precision of transformer and text encoder; what diffusers keeps in float32 stays so.
+        offload: keep networks in the CPU's memory while they do not compute.
+        vae_tiling: decode in tiles.
 
     Raises:
         ConfigError: the folder is not a complete Wan2.1 pipeline in safetensors.
         EnvironmentMissingError: the shipped weights or the hub's files are not here; says how to get them.
     """
+
+    def make(name: str, revision: str | None, folder: Path) -> Base:
+        return Base(name, revision, folder, device, dtype, offload=offload, vae_tiling=vae_tiling)
+
     if ref == "micro":
         folder = micro_folder()
         if not (folder / "model_index.json").is_file():
@@ -186,17 +261,17 @@ def load_base(ref: str, *, device: str | torch.device = "cpu", dtype: torch.dtyp
                 f"The micro teacher's weights are not in {folder}; reinstall tmd-eval, or train them with "
                 f"python -m students.micro.train_teacher --out {folder}."
             )
-        return Base("micro", None, folder, device, dtype)
+        return make("micro", None, folder)
     path = Path(ref).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ConfigError(f"{path} has no model_index.json, so it is not a diffusers pipeline folder.")
-        return Base(str(path.resolve()), None, path.resolve(), device, dtype)
+        return make(str(path.resolve()), None, path.resolve())
     hub = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", ref)
     if path.exists() or not hub or path.parent.is_dir():
         raise ConfigError(f'There is no folder {ref}, and it is neither "micro" nor a hub id like "owner/name".')
     folder = _download(hub[1], hub[2])
-    return Base(hub[1], folder.name, folder, device, dtype)
+    return make(hub[1], folder.name, folder)
 
 
 def velocity(transformer: WanTransformer3DModel, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Checkpoint folders of students, and one way to open and sample anything that ``--ckpt`` takes.
 
 A folder holds ``student.json`` (:class:`StudentSpec`), ``config.json`` and ``diffusion_pytorch_model.safetensors``, the
-last two in diffusers' layout, so that ``TMDStudent.from_pretrained(folder)`` loads it too.
+last two in diffusers' layout, so that ``from_pretrained(folder)`` of ``TMDStudent``, or for a plain student of
+``WanTransformer3DModel``, loads it too.
 """
 
 from __future__ import annotations
@@ -13,27 +14,29 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
 from students.base import Base, load_base
 from students.errors import ConfigError
 from students.nfe import branches, check_h, effective_nfe
-from students.sampling import VideoNoise, sample_teacher, sample_tmd
+from students.sampling import Clock, VideoNoise, sample_plain, sample_teacher, sample_tmd, untimed
 from students.spec import BaseRecord, StudentSpec
 from students.tmd import TMDStudent
 from students.weights import combined_hash, file_hash, read_json, weight_files
 
 __all__ = ["BaseRecord", "Checkpoint", "StudentSpec", "load_student", "open_checkpoint", "save_student"]
 
+Student: TypeAlias = TMDStudent | WanTransformer3DModel
 TEACHER_STEPS = 50
 """Steps of a teacher unless told otherwise; with fewer it counts as an undistilled few-step model."""
 
 
-def save_student(folder: Path, student: TMDStudent, spec: StudentSpec) -> None:
+def save_student(folder: Path, student: Student, spec: StudentSpec) -> None:
     """Write a checkpoint folder under a temporary name and rename it into place; an old one is replaced.
 
     Args:
@@ -73,7 +76,7 @@ def save_student(folder: Path, student: TMDStudent, spec: StudentSpec) -> None:
 
 def load_student(
     folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[StudentSpec, TMDStudent]:
+) -> tuple[StudentSpec, Student]:
     """Read a checkpoint folder; the network comes in evaluation mode.
 
     Args:
@@ -90,15 +93,17 @@ def load_student(
     spec = StudentSpec.from_file(folder / "student.json")
     read_json(folder / "config.json")
     weight_files(folder)
+    network = WanTransformer3DModel if spec.plain else TMDStudent
     try:
-        student, report = TMDStudent.from_pretrained(
+        student, report = network.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{folder} does not load as a TMD student ({reason}); restore the folder.") from error
+        what = "plain student" if spec.plain else "TMD student"
+        raise ConfigError(f"{folder} does not load as a {what} ({reason}); restore the folder.") from error
     if lacking := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
         raise ConfigError(f"The weights in {folder} do not fit its config.json (first: {lacking[0]}); restore them.")
     _check_agreement(student, spec, str(folder))
@@ -112,19 +117,24 @@ class Checkpoint:
         kind: "teacher" or "student".
         base: the base model.
         spec: the student's record; None for a teacher.
-        student: the student's network; None for a teacher.
+        student: the student's network, a Wan transformer for a plain student; None for a teacher.
         ref: what it was opened by; the absolute path of a pipeline folder.
         name: short name for tables.
         hash: sha256 that changes with the weights and the record.
     """
 
     def __init__(
-        self, ref: str, name: str, hash: str, base: Base, spec: StudentSpec | None, student: TMDStudent | None
+        self, ref: str, name: str, hash: str, base: Base, spec: StudentSpec | None, student: Student | None
     ) -> None:
         self.kind: Literal["teacher", "student"] = "teacher" if student is None else "student"
         self.ref, self.name, self.hash = ref, name, hash
         self.base, self.spec, self.student = base, spec, student
         self._text: dict[str, Tensor] = {}
+
+    @property
+    def network(self) -> Student:
+        """What runs at every step: the student, or the teacher's transformer."""
+        return self.base.transformer if self.student is None else self.student
 
     def settings(self, m: int | None = None, n: int | None = None, guidance: float | None = None) -> dict[str, Any]:
         """All that decides what :meth:`sample` makes, beside prompts and seeds; None stands for the default.
@@ -137,10 +147,13 @@ class Checkpoint:
             ConfigError: M or N below 1, N for a teacher, guidance for a student.
         """
         if self.spec is not None:
-            if guidance not in (None, 1.0):
+            spec, w = self.spec, self.spec.guidance
+            if guidance not in (None, w):
                 raise ConfigError(f"Guidance is {guidance}, but students have theirs built in; leave it out.")
-            spec, w = self.spec, 1.0
+            if n is not None and spec.plain:
+                raise ConfigError(f"N is {n}, but {self.name} is a plain student without inner steps; leave N out.")
             m, n = spec.m if m is None else m, spec.n if n is None else n
+            spec.outer(m)  # refuses an M that the student has no times for
             method, role, h, sampler = spec.method, "student", spec.h, spec.sampler
             blocks = spec.blocks
         else:
@@ -167,7 +180,6 @@ class Checkpoint:
             "text_length": self.base.text_length,
         }
 
-    @torch.inference_mode()
     def sample(
         self,
         prompts: Sequence[str],
@@ -196,29 +208,64 @@ class Checkpoint:
         """
         if not prompts or len(prompts) != len(seeds):
             raise ConfigError(f"{len(prompts)} prompts come with {len(seeds)} seeds; give one seed per prompt.")
-        base = self.base
         settings = self.settings(m, n, guidance)
+        texts = self._encode([*prompts, self.base.negative_prompt] if settings["guidance"] > 1 else prompts)
+        text, negative = texts[: len(prompts)], texts[len(prompts) :]
+        latents = self.latents(text, negative, seeds, m=m, n=n, guidance=guidance, outer_grid=outer_grid)
+        return self.base.decode(latents).cpu()
+
+    @torch.inference_mode()
+    def latents(
+        self,
+        text: Tensor,
+        negative: Tensor,
+        seeds: Sequence[int],
+        *,
+        m: int | None = None,
+        n: int | None = None,
+        guidance: float | None = None,
+        outer_grid: Tensor | None = None,
+        clock: Clock = untimed,
+    ) -> Tensor:
+        """As :meth:`sample`, from embeddings to normalised latents (B, C, T, H, W).
+
+        Args:
+            text: caption embeddings (B, text_length, D).
+            negative: embedding of the negative prompt, (1, text_length, D); not used without guidance.
+            seeds: one per caption.
+            m: see :meth:`sample`.
+            n: see :meth:`sample`.
+            guidance: see :meth:`sample`.
+            outer_grid: see :meth:`sample`.
+            clock: told of the parts "backbone" and "head".
+
+        Raises:
+            ConfigError: see :meth:`sample`.
+        """
+        base, spec, network = self.base, self.spec, self.network
+        settings = self.settings(m, n, guidance)
+        w = settings["guidance"]
         noise = VideoNoise(seeds, base.latent_shape)
         x1 = noise.draw().to(base.device)
-        guide = self.kind == "teacher" and settings["guidance"] > 1
-        texts = self._encode([*prompts, base.negative_prompt] if guide else prompts)
-        text = texts[: len(prompts)]
-        if self.student is not None and self.spec is not None:
+        with base.resident(network):
+            if spec is None:
+                if outer_grid is not None:
+                    raise ConfigError("An outer grid is for students; a teacher's times come from its scheduler.")
+                return sample_teacher(base, text, negative if w > 1 else None, x1, settings["m"], w, clock)
             if outer_grid is not None and m not in (None, len(outer_grid) - 1):
                 raise ConfigError(f"M is {m}, but the outer grid has {len(outer_grid) - 1} steps; give one of the two.")
-            outer = self.spec.outer(m) if outer_grid is None else outer_grid
-            latents = sample_tmd(self.student, text, x1, outer, self.spec.inner(n), noise.draw)
-        elif outer_grid is not None:
-            raise ConfigError("An outer grid is for students; a teacher's times come from its scheduler.")
-        else:
-            negative = texts[len(prompts) :] if guide else None
-            latents = sample_teacher(base, text, negative, x1, settings["m"], settings["guidance"])
-        return base.decode(latents).cpu()
+            outer = spec.outer(m) if outer_grid is None else outer_grid
+            if isinstance(network, TMDStudent):
+                return sample_tmd(network, text, x1, outer, spec.inner(n), noise.draw, clock)
+            return sample_plain(
+                network, text, x1, outer, noise.draw if spec.sampler == "sde" else None, negative=negative, guidance=w,
+                scaled=spec.initial == "scaled", time_precision=getattr(torch, spec.time_precision), clock=clock,
+            )  # fmt: skip
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings; those of the last call are kept, so neighbouring batches do not repeat the work."""
         lacking = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text]
-        new = dict(zip(lacking, self.base.encode_prompts(lacking), strict=True)) if lacking else {}
+        new = dict(zip(lacking, self.base.embeddings(lacking), strict=True)) if lacking else {}
         self._text = {prompt: new[prompt] if prompt in new else self._text[prompt] for prompt in prompts}
         return torch.stack([self._text[prompt] for prompt in prompts])
 
@@ -263,14 +310,14 @@ def open_checkpoint(
     return Checkpoint(base.ref, Path(base.ref).name, base.hash, base, None, None)
 
 
-def _check_agreement(student: TMDStudent, spec: StudentSpec, where: str) -> None:
-    check_h(spec.h, student.blocks)
-    for name, stated, actual in (
-        ("H", spec.h, student.h),
-        ("L", spec.blocks, student.blocks),
-        ("fusion", spec.fusion, student.config.fusion),
-        ("target", spec.target, student.target),
-    ):
+def _check_agreement(student: Student, spec: StudentSpec, where: str) -> None:
+    if isinstance(student, TMDStudent):
+        check_h(spec.h or 0, student.blocks)
+        facts: list[tuple[str, object, object]] = [("H", spec.h, student.h), ("L", spec.blocks, student.blocks)]
+        facts += [("fusion", spec.fusion, student.config.fusion), ("target", spec.target, student.target)]
+    else:
+        facts = [("H", spec.h, None), ("L", spec.blocks, student.config.num_layers)]
+    for name, stated, actual in facts:
         if stated != actual:
             raise ConfigError(f"{where}: student.json says {name} is {stated}, the network has {actual}.")
 

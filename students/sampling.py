@@ -1,16 +1,30 @@
-"""Samplers: Algorithm 1 of the paper for TMD students, diffusers' scheduler for teachers."""
+"""Samplers: Algorithm 1 of the paper for TMD students, Eq. 18 and 19 for plain ones, diffusers' scheduler for teachers.
+
+Every sampler takes a ``clock``: a function from the name of a part ("backbone" or "head") to a context open while
+that part computes. ``tmd-eval latency`` passes one that measures; :func:`untimed` does nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from students.base import Base, guided, velocity
 from students.errors import ConfigError
+from students.text_kv import text_once
 from students.times import check_grid
 from students.tmd import TMDStudent
+
+Clock = Callable[[str], AbstractContextManager[None]]
+
+
+def untimed(part: str) -> AbstractContextManager[None]:
+    """The clock that does not measure."""
+    return nullcontext()
 
 
 class VideoNoise:
@@ -38,10 +52,12 @@ def sample_tmd(
     outer_grid: Tensor,
     inner_grid: Tensor,
     inner_noise: Callable[[], Tensor],
+    clock: Clock = untimed,
 ) -> Tensor:
     """Algorithm 1: x <- noise; for i = M..1: m = m(x, t_i), x <- x - (t_i - t_{i-1}) InnerFlow(m), with fresh y1 each.
 
-    For the target y = x the transition direction is the one towards that clean estimate, (x - InnerFlow) / t_i.
+    For the target y = x the transition direction is the one towards that clean estimate, (x - InnerFlow) / t_i. Rotary
+    embeddings and the keys and values of the text are computed once per outer step, not per inner step.
 
     Args:
         student: in evaluation mode.
@@ -50,6 +66,7 @@ def sample_tmd(
         outer_grid: 0 = t_0 < ... < t_M, float64.
         inner_grid: 0 = s_0 < ... < s_N, float64.
         inner_noise: gives y1, shaped as ``noise``, at each outer step.
+        clock: told of "backbone" and "head".
 
     Returns:
         Normalised latents (B, C, T, H, W).
@@ -61,18 +78,86 @@ def sample_tmd(
     check_grid(inner_grid)
     points = outer_grid.tolist()
     x = noise
+    with text_once(student.head_blocks):
+        for i in range(len(points) - 1, 0, -1):
+            t = torch.full((len(x),), points[i], dtype=torch.float64, device=x.device)
+            with clock("backbone"):
+                m = student.backbone(x, t, text)
+            y1 = inner_noise().to(x)
+            with clock("head"):
+                y = student.rollout(m, y1, inner_grid, x_t=x, t=t)
+            direction = y if student.target == "x1-x" else (x - y) / points[i]
+            x = x - (points[i] - points[i - 1]) * direction
+    return x
+
+
+@torch.inference_mode()
+def sample_plain(
+    transformer: WanTransformer3DModel,
+    text: Tensor,
+    noise: Tensor,
+    outer_grid: Tensor,
+    fresh_noise: Callable[[], Tensor] | None = None,
+    *,
+    negative: Tensor | None = None,
+    guidance: float = 1.0,
+    scaled: bool = False,
+    time_precision: torch.dtype = torch.float64,
+    clock: Clock = untimed,
+) -> Tensor:
+    """A plain student: at each t_i the clean estimate g = x - t_i v, and from it the next, less noisy sample.
+
+    Without fresh noise x_next = (1 - t_next / t_i) g + (t_next / t_i) x (Eq. 18, deterministic); with it
+    x_next = (1 - t_next) g + t_next eps (Eq. 19, as DMD2 and rCM do). The last g is the result.
+
+    Args:
+        transformer: in evaluation mode.
+        text: caption embeddings (B, text_length, D).
+        noise: x1, (B, C, T, H, W).
+        outer_grid: 0 = t_0 < ... < t_M, float64.
+        fresh_noise: gives eps, shaped as ``noise``, between steps; None for Eq. 18.
+        negative: embeddings of the negative prompt, (1 or B, text_length, D), needed with guidance.
+        guidance: w in v_u + w (v_c - v_u); at 1 there is no guidance and one forward pass a step.
+        scaled: start from t_M x1 instead of x1.
+        time_precision: what 1000 t is rounded to; bfloat16 as in rCM's code.
+        clock: told of "backbone".
+
+    Returns:
+        Normalised latents (B, C, T, H, W), float32.
+
+    Raises:
+        ConfigError: the grid is not strictly increasing from 0, or guidance without negative embeddings.
+    """
+    check_grid(outer_grid)
+    if guidance > 1 and negative is None:
+        raise ConfigError(f"Guidance {guidance} needs the negative prompt's embedding.")
+    points = outer_grid.tolist()
+    x = noise.float() * (points[-1] if scaled else 1.0)
     for i in range(len(points) - 1, 0, -1):
-        t = torch.full((len(x),), points[i], dtype=torch.float64, device=x.device)
-        m = student.backbone(x, t, text)
-        y = student.rollout(m, inner_noise().to(x), inner_grid, x_t=x, t=t)
-        direction = y if student.target == "x1-x" else (x - y) / points[i]
-        x = x - (points[i] - points[i - 1]) * direction
+        network_time = (
+            torch.full((len(x),), 1000 * points[i], dtype=torch.float64, device=x.device).to(time_precision).double()
+            / 1000
+        )
+        with clock("backbone"):
+            v = velocity(transformer, x, network_time, text)
+            if guidance > 1 and negative is not None:
+                v = guided(v, velocity(transformer, x, network_time, negative.expand(len(x), -1, -1)), guidance)
+        g, share = x - points[i] * v, points[i - 1] / points[i]
+        if i == 1:
+            return g
+        x = g + share * (x - g) if fresh_noise is None else g + points[i - 1] * (fresh_noise().to(x) - g)
     return x
 
 
 @torch.inference_mode()
 def sample_teacher(
-    base: Base, text: Tensor, negative: Tensor | None, noise: Tensor, steps: int, guidance: float
+    base: Base,
+    text: Tensor,
+    negative: Tensor | None,
+    noise: Tensor,
+    steps: int,
+    guidance: float,
+    clock: Clock = untimed,
 ) -> Tensor:
     """The teacher's own sampler: the loop of ``WanPipeline`` with the scheduler of the pipeline folder.
 
@@ -83,6 +168,7 @@ def sample_teacher(
         noise: (B, C, T, H, W).
         steps: number of steps, at least 1.
         guidance: w in v_u + w (v_c - v_u); at 1 or below there is no guidance and one forward pass a step.
+        clock: told of "backbone".
 
     Returns:
         Normalised latents (B, C, T, H, W), float32.
@@ -100,8 +186,9 @@ def sample_teacher(
     x = noise.float()
     for timestep in scheduler.timesteps:
         t = (timestep.double() / scheduler.config.num_train_timesteps).expand(len(x))
-        v = velocity(base.transformer, x, t, text)
-        if guidance > 1 and negative is not None:
-            v = guided(v, velocity(base.transformer, x, t, negative.expand(len(x), -1, -1)), guidance)
+        with clock("backbone"):
+            v = velocity(base.transformer, x, t, text)
+            if guidance > 1 and negative is not None:
+                v = guided(v, velocity(base.transformer, x, t, negative.expand(len(x), -1, -1)), guidance)
         x = scheduler.step(v, timestep, x, return_dict=False)[0]
     return x

@@ -19,6 +19,10 @@ from students.tmd import FUSIONS, TARGETS
 from students.weights import read_json
 
 FORMAT_VERSION = 1
+SAMPLERS = ("tmd", "ode", "sde")
+"""Algorithm 1 of TMD; for plain students the deterministic steps of Eq. 18 and the re-noising ones of Eq. 19."""
+INITIAL = ("unit", "scaled")
+TIME_PRECISIONS = ("float64", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,60 +44,97 @@ class BaseRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSpec:
-    """What ``student.json`` says of a TMD student.
+    """What ``student.json`` says of a student: a TMD student (with H and N), or a plain one (without).
+
+    A plain student is a Wan transformer that jumps from each time of its grid straight to a clean estimate: DMD2-v,
+    rCM, KD, and the published few-step Wan models.
 
     Raises:
         ConfigError: a value outside its range, a grid that does not suit M or N.
     """
 
     method: str
-    """How it was trained, for example "tm_mf" (stage 1) or "tmd" (stage 2)."""
+    """How it was trained, for example "tm_mf" (stage 1), "tmd" (stage 2), "dmd2v" or "rcm"."""
     m: int
     """M, outer steps it was trained for."""
-    n: int
-    """N, inner steps it was trained for."""
-    h: int
-    """H, blocks in the flow head."""
+    n: int | None = None
+    """N, inner steps it was trained for; null for a plain student."""
+    h: int | None = None
+    """H, blocks in the flow head; null for a plain student."""
     blocks: int
     """L, blocks of the base model."""
-    fusion: str = "gated"
-    """"gated" or "concat"."""
-    target: str = "x1-x"
-    """Transition target y: "x1-x" or "x"."""
-    gamma_outer: float = 10.0
-    """Shift of the outer grid; gives the grid when sampling at another M."""
-    gamma_inner: float = 10.0
-    """Shift of the inner grid; gives the grid when sampling at another N."""
+    fusion: str | None = "gated"
+    """"gated" or "concat"; null for a plain student."""
+    target: str | None = "x1-x"
+    """Transition target y: "x1-x" or "x"; null for a plain student."""
+    gamma_outer: float | None = 10.0
+    """Shift of the outer grid; gives the grid when sampling at another M. Null: the M noisiest points of the grid."""
+    gamma_inner: float | None = 10.0
+    """Shift of the inner grid; gives the grid when sampling at another N; null for a plain student."""
     outer_grid: tuple[float, ...] = ()
     """0 = t_0 < ... < t_M; made from gamma_outer when not given."""
     inner_grid: tuple[float, ...] = ()
-    """0 = s_0 < ... < s_N; made from gamma_inner when not given."""
-    sampler: str = "tmd"
-    """"tmd": Algorithm 1 of the paper."""
+    """0 = s_0 < ... < s_N; made from gamma_inner when not given; empty for a plain student."""
+    sampler: str = ""
+    """"tmd" (Algorithm 1), or for plain students "ode" (Eq. 18, the default) or "sde" (Eq. 19, re-noising)."""
+    initial: str = "unit"
+    """The first sample of a plain student: "unit" (x1) or "scaled" (t_M x1, as FastGen and rCM start)."""
+    time_precision: str = "float64"
+    """Precision of a plain student's network time 1000 t; rCM's code rounds it to "bfloat16"."""
+    guidance: float = 1.0
+    """Guidance scale w when sampling a plain student; 1 for students with guidance built in, which all of ours are."""
     text_length: int
     """Tokens of a caption, the base model's."""
     base: BaseRecord
     """The model it was distilled from."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Provenance: config, step, data hash, code revision, parent checkpoint."""
+    """Provenance: config, step, data hash, code revision, parent checkpoint; the source of a foreign file."""
+
+    @property
+    def plain(self) -> bool:
+        """True for a student without a flow head."""
+        return self.h is None
 
     def __post_init__(self) -> None:
         effective_nfe(self.m, self.n, self.h, self.blocks)  # refuses M, N or H out of range
+        if self.plain:
+            for name, none in (("n", None), ("fusion", None), ("target", None), ("gamma_inner", None)):
+                object.__setattr__(self, name, none)
+        if not self.sampler:
+            object.__setattr__(self, "sampler", "ode" if self.plain else "tmd")
         for name, value, known in (
-            ("fusion", self.fusion, FUSIONS),
-            ("target", self.target, TARGETS),
-            ("sampler", self.sampler, ("tmd",)),
+            ("fusion", self.fusion, (None,) if self.plain else FUSIONS),
+            ("target", self.target, (None,) if self.plain else TARGETS),
+            ("sampler", self.sampler, SAMPLERS[1:] if self.plain else SAMPLERS[:1]),
+            ("initial", self.initial, INITIAL),
+            ("time_precision", self.time_precision, TIME_PRECISIONS),
         ):
             if value not in known:
-                raise ConfigError(f"The {name} {value!r} of the student is unknown; known: {', '.join(known)}.")
+                raise ConfigError(
+                    f"The {name} {value!r} of the student is unknown; known: {', '.join(map(str, known))}."
+                )
         if self.text_length < 1:
             raise ConfigError(f"text_length is {self.text_length}; it must be at least 1.")
-        for name, steps, gamma in (("outer_grid", self.m, self.gamma_outer), ("inner_grid", self.n, self.gamma_inner)):
-            points = tuple(getattr(self, name)) or tuple(grid(steps, gamma).tolist())
-            check_grid(points)
-            if len(points) != steps + 1:
-                raise ConfigError(f"{name} has {len(points) - 1} steps, but {steps} are stated; make them agree.")
-            object.__setattr__(self, name, points)
+        if not self.guidance >= 1 or (self.guidance > 1 and not self.plain):
+            raise ConfigError(f"guidance is {self.guidance}; it is 1 for TMD students and at least 1 for plain ones.")
+        self._set_grid("outer_grid", self.m, self.gamma_outer)
+        if self.n is not None:
+            self._set_grid("inner_grid", self.n, self.gamma_inner)
+        elif self.inner_grid:
+            raise ConfigError("inner_grid is given, but a plain student has no inner steps; leave it out.")
+        else:
+            object.__setattr__(self, "inner_grid", ())  # JSON gives a list
+
+    def _set_grid(self, name: str, steps: int, gamma: float | None) -> None:
+        points = tuple(getattr(self, name))
+        if not points:
+            if gamma is None:
+                raise ConfigError(f"{name} is not given and neither is its shift; give one of them.")
+            points = tuple(grid(steps, gamma).tolist())
+        check_grid(points)
+        if len(points) != steps + 1:
+            raise ConfigError(f"{name} has {len(points) - 1} steps, but {steps} are stated; make them agree.")
+        object.__setattr__(self, name, points)
 
     def outer(self, m: int | None) -> Tensor:
         """The outer grid for M steps (None: as trained), float64 (M + 1,)."""
@@ -101,13 +142,19 @@ class StudentSpec:
 
     def inner(self, n: int | None) -> Tensor:
         """The inner grid for N steps (None: as trained), float64 (N + 1,)."""
+        if self.n is None:
+            raise ConfigError("A plain student has no inner steps and so no inner grid.")
         return self._grid(n, self.n, self.inner_grid, self.gamma_inner)
 
     @staticmethod
-    def _grid(steps: int | None, trained: int, points: tuple[float, ...], gamma: float) -> Tensor:
+    def _grid(steps: int | None, trained: int, points: tuple[float, ...], gamma: float | None) -> Tensor:
         if steps is None or steps == trained:
             return torch.tensor(points, dtype=torch.float64)
-        return grid(steps, gamma)
+        if gamma is not None:
+            return grid(steps, gamma)
+        if not 1 <= steps < trained:
+            raise ConfigError(f"This student has the fixed times of {trained} steps; it cannot take {steps}.")
+        return torch.tensor((0.0, *points[-steps:]), dtype=torch.float64)
 
     def to_json(self) -> str:
         """The text of ``student.json``."""
@@ -128,9 +175,10 @@ class StudentSpec:
         if not isinstance(record["base"], dict):
             raise ConfigError(f"{path}: base must be an object with ref and hash, not {record['base']!r}.")
         _check_keys(BaseRecord, record["base"], path)
-        for key, kind in (("m", int), ("n", int), ("h", int), ("blocks", int), ("text_length", int)):
-            if type(record[key]) is not kind:
-                raise ConfigError(f"{path}: {key} must be a whole number, not {record[key]!r}.")
+        for key in ("m", "n", "h", "blocks", "text_length"):
+            value = record.get(key)
+            if type(value) is not int and not (value is None and key in ("n", "h")):
+                raise ConfigError(f"{path}: {key} must be a whole number, not {value!r}.")
         try:
             return cls(**{**record, "base": BaseRecord(**record["base"])})
         except TypeError as error:

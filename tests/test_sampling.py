@@ -53,7 +53,7 @@ class Posterior(TMDStudent):
 
     def __init__(self, x: Tensor, target: str) -> None:
         torch.nn.Module.__init__(self)
-        self.x, self.target = x, target
+        self.x, self.target, self.head_blocks = x, target, torch.nn.ModuleList()
         self.backbone_times: list[float] = []
 
     def backbone(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]

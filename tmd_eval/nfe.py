@@ -26,11 +26,11 @@ def measure_effective_nfe(
     Raises:
         ConfigError: M, N or the guidance does not suit the checkpoint.
     """
-    if checkpoint.student is not None:
-        student = checkpoint.student
-        blocks = [*student.backbone_blocks, *student.head_blocks]
-    else:
-        blocks = list(checkpoint.base.transformer.blocks)
+    from students.tmd import TMDStudent
+
+    network = checkpoint.network
+    parts = ("backbone_blocks", "head_blocks") if isinstance(network, TMDStudent) else ("blocks",)
+    blocks = [block for part in parts for block in getattr(network, part)]
     executed = 0
 
     def count(module: object, arguments: object, output: object) -> None:
