@@ -274,10 +274,6 @@ class Reported(Base):
     """Whether classifier-free guidance runs the model twice a step; None where the source does not say."""
     scores: Mapped[dict[str, float]] = mapped_column(JSON)
     """Percent as printed, by name: "total", "quality", "semantic", and VBench's dimensions where they are printed."""
-    seconds_per_video: Mapped[float | None] = mapped_column(Float(53))
-    """As printed or derived from a printed rate; see ``note``."""
-    device: Mapped[str | None] = mapped_column(Text)
-    """Device of the seconds."""
     note: Mapped[str] = mapped_column(Text)
     """What the source adds."""
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import operator
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sqlalchemy import select
 
+from leaderboard import published
+from leaderboard.checks import DIMENSIONS
 from leaderboard.database import reading
 from leaderboard.errors import LeaderboardError
-from leaderboard.models import Result
+from leaderboard.models import Reported, Result
 
 
 def load(db_url: str | None, *, rows: Iterable[int] | None = None) -> list[Result]:
@@ -33,35 +37,105 @@ def load(db_url: str | None, *, rows: Iterable[int] | None = None) -> list[Resul
     return [result for result in found if result.id in wanted]
 
 
-def show(
-    db_url: str | None, *, where: Mapping[str, str] | None = None, sort: str | None = None
-) -> list[dict[str, Any]]:
-    """Rows as plain values (``Result.to_dict``).
+def load_reported(db_url: str | None) -> list[Reported]:
+    """Published figures, by id: sources in the order in which they came in."""
+    with reading(db_url) as session:
+        return list(session.scalars(select(Reported).order_by(Reported.id)))
+
+
+def reported_dict(row: Reported) -> dict[str, Any]:
+    """A published row with the fields of a measured one (``Result.to_dict``), None where it says nothing.
+
+    Scores are shares of 1, as everywhere in the database. ``formula`` holds what the formulas give for it.
+    """
+    branches = {True: 2, False: 1, None: None}[row.guided]
+    passes = None if branches is None or row.effective_nfe is None else branches * row.effective_nfe
+    nothing = dict.fromkeys(("low", "high", "n", "completeness", "metric_version", "weight_hashes"))
+    expected = published.formula(row)
+    known: dict[str, Any] = {
+        "id": row.id,
+        "source": row.source,
+        "name": published.name(row),
+        "role": "teacher" if row.method == "teacher" else "student",
+        "base": row.teacher,
+        "forward_passes": passes,
+        **{key: getattr(row, key) for key in ("method", "m", "n", "h", "blocks", "effective_nfe")},
+        "note": row.note,
+        "formula": {key: round(value / 100, 10) if key == "total" else value for key, value in expected.items()},
+        "flags": published.flags(row),
+        "completeness": sum(name in row.scores for name in DIMENSIONS) / len(DIMENSIONS),
+        "metrics": {name: {"value": round(value / 100, 10), **nothing} for name, value in sorted(row.scores.items())},
+    }
+    return {field: known.get(field) for field in FIELDS}
+
+
+FIELDS = (
+    *(column.key for column in Result.__table__.columns if column.key != "key"),
+    *("note", "formula", "flags", "completeness", "metrics"),
+)
+"""Fields of a row, measured or reported, in order."""
+_CONDITION = re.compile(r"(\w+)\s*(<=|>=|!=|=|<|>)(.*)", re.S)
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
+
+
+def show(db_url: str | None, *, where: Iterable[str] = (), sort: str | None = None) -> list[dict[str, Any]]:
+    """Rows as plain values, measured ones first, then published ones: the two are never sorted into each other.
 
     Args:
         db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
-        where: field and the value its text must equal; "flags" takes one flag.
+        where: conditions "FIELD=VALUE", or with !=, <, <=, >, >= in place of =; a field or a metric. "flags" takes one
+            flag.
         sort: a field or a metric, ascending, with a leading "-" descending; rows without it come last. Else by id.
 
     Raises:
-        LeaderboardError: no such field or metric, or the database cannot be opened.
+        LeaderboardError: no such field or metric, a bad condition, or the database cannot be opened.
     """
-    rows = [result.to_dict() for result in load(db_url)]
-    fields = [column.key for column in Result.__table__.columns if column.key != "key"] + ["flags"]
-    for field, value in (where or {}).items():
-        _known(field, fields, "--where")
-        rows = [row for row in rows if (value in row["flags"] if field == "flags" else str(row[field]) == value)]
+    nothing = {"note": None, "formula": None}
+    measured = [{field: (row | nothing)[field] for field in FIELDS} for row in (r.to_dict() for r in load(db_url))]
+    printed = [reported_dict(row) for row in load_reported(db_url)]
+    metrics = {name for row in (*measured, *printed) for name in row["metrics"]}
+    scalars = [field for field in FIELDS if field not in ("packages", "formula", "metrics")]
+
+    def value_of(row: dict[str, Any], key: str) -> Any:
+        return row["metrics"].get(key, {}).get("value") if key in metrics else row[key]
+
+    tests = [_condition(condition, [*scalars, *sorted(metrics)]) for condition in where]
+    groups = [
+        [row for row in group if all(test(value_of(row, key)) for key, test in tests)] for group in (measured, printed)
+    ]
     if sort:
         key = sort.removeprefix("-")
-        metrics = {name for row in rows for name in row["metrics"]}
-        _known(key, [*(field for field in fields if field != "packages"), *sorted(metrics)], "--sort")
+        _known(key, [*(field for field in scalars if field not in ("flags", "seeds")), *sorted(metrics)], "--sort")
+        for i, group in enumerate(groups):
+            present = [row for row in group if value_of(row, key) is not None]
+            present.sort(key=lambda row: value_of(row, key), reverse=sort != key)
+            groups[i] = present + [row for row in group if value_of(row, key) is None]
+    return groups[0] + groups[1]
 
-        def value_of(row: dict[str, Any]) -> Any:
-            return row["metrics"].get(key, {}).get("value") if key in metrics else row[key]
 
-        present = sorted((row for row in rows if value_of(row) is not None), key=value_of, reverse=sort != key)
-        rows = present + [row for row in rows if value_of(row) is None]
-    return rows
+def _condition(text: str, options: list[str]) -> tuple[str, Callable[[Any], bool]]:
+    """A field, and the test that its value must pass; numbers are compared as numbers."""
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise LeaderboardError(f"--where {text!r} is not FIELD=VALUE; write for example role=student or m<=2.")
+    field, sign, wanted = match.groups()
+    _known(field, options, "--where")
+
+    def test(value: Any) -> bool:
+        if isinstance(value, list):  # flags, seeds: one of them
+            return (wanted in map(str, value)) == (sign == "=")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                return _COMPARE[sign](value, float(wanted))
+            except ValueError:
+                return sign == "!="
+        if value is None:
+            return (sign == "=") == (wanted in ("", "None")) if sign in ("=", "!=") else False
+        return _COMPARE[sign](str(value), wanted)
+
+    return field, test
 
 
 def _known(name: str, options: list[str], where: str) -> None:

@@ -590,7 +590,7 @@ def test_show_json_is_frozen(board: tuple[str, dict[str, Path]]) -> None:
         "id source name role method m n h blocks effective_nfe forward_passes guidance sampler base checkpoint "
         "checkpoint_hash prompts_name prompts_sha256 prompts_count samples_per_prompt seeds height width frames fps "
         "dtype videos seconds_per_video batch_size device code_revision packages command created manifest_sha256 "
-        "run origin flags completeness metrics"
+        "run origin note formula flags completeness metrics"
     )
     assert " ".join(row["metrics"]["frechet"]) == "value low high n completeness metric_version weight_hashes"
     assert row["flags"] == [] and row["source"] == "measured"

@@ -39,31 +39,44 @@ def add(
     typer.echo(json.dumps({"row": row}) if as_json else f"row {row}")
 
 
+@app.command(name="import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="published|FILE", help="The shipped published rows, a CSV of such rows, or a bundle."),
+    ],
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Load published figures, or another lab's bundle; importing again changes nothing.
+
+    Example: tmd-eval leaderboard import published; tmd-eval leaderboard import results.csv
+    """
+    from leaderboard.published import import_csv, import_published
+
+    counts = import_published(db) if source == "published" else import_csv(db, Path(source))
+    typer.echo(json.dumps(counts) if as_json else ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
 @app.command()
 def show(
     sort: Annotated[
         str | None, typer.Option(help="Field or metric to sort by; a leading - sorts downwards (--sort=-joint).")
     ] = None,
     where: Annotated[
-        list[str] | None, typer.Option(metavar="FIELD=VALUE", help="Rows whose field is this; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="FIELD=VALUE", help="Rows whose field is this (also !=, <, <=, >, >=); repeatable."),
     ] = None,
     db: Database = None,
     as_json: Json = False,
 ) -> None:
-    """Show the rows of the database.
+    """Show the rows of the database, measured ones first, then published ones.
 
-    Example: tmd-eval leaderboard show --where role=student --sort=-joint
+    Example: tmd-eval leaderboard show --where role=student --where "m<=2" --sort=-alignment_joint
     """
-    from leaderboard.errors import LeaderboardError
     from leaderboard.query import show as query
 
-    conditions = {}
-    for condition in where or []:
-        field, equals, value = condition.partition("=")
-        if not equals:
-            raise LeaderboardError(f"--where {condition!r} is not FIELD=VALUE; write for example role=student.")
-        conditions[field] = value
-    rows = query(db, where=conditions, sort=sort)
+    rows = query(db, where=where or [], sort=sort)
     typer.echo(json.dumps(rows, indent=2, ensure_ascii=False) if as_json else _table(rows))
 
 
@@ -88,12 +101,19 @@ def build(
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """The rows as aligned text: settings, then every metric with its interval, then flags."""
+    """The rows as aligned text: settings, then metrics with their intervals, then source and flags.
+
+    Totals come first; without --json the sixteen dimensions are left out where there are totals.
+    """
+    from leaderboard.checks import DIMENSIONS, TOTALS
     from leaderboard.display import NONE, count
 
     if not rows:
         return "no rows; record a run with: tmd-eval leaderboard add RUN"
-    metrics = sorted({name for row in rows for name in row["metrics"]})
+    found = {name for row in rows for name in row["metrics"]}
+    metrics = [name for name in TOTALS if name in found] + sorted(found - set(TOTALS))
+    if "total" in found:
+        metrics = [name for name in metrics if name not in DIMENSIONS]
     lines = [["id", "name", "method", "M", "N", "H", "NFE", "s/video", *metrics, "source", "flags"]]
     for row in rows:
         scores = []
@@ -102,12 +122,19 @@ def _table(rows: list[dict[str, Any]]) -> str:
             if metric is None:
                 scores.append(NONE)
                 continue
+            digits = 3 if row["source"] == "measured" else 4
             interval = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
-            scores.append(f"{metric['value']:.3f}{interval}")
+            scores.append(f"{metric['value']:.{digits}f}{interval}")
         settings = [count(row[key]) for key in ("m", "n", "h", "effective_nfe", "seconds_per_video")]
-        flags = ", ".join(row["flags"])
+        flags = ", ".join(_flag(flag, row) for flag in row["flags"])
         lines.append([str(row["id"]), row["name"], row["method"], *settings, *scores, row["source"], flags])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def _flag(flag: str, row: dict[str, Any]) -> str:
+    """A flag; a contradiction with what the formula gives."""
+    key = {"total_mismatch": "total", "nfe_mismatch": "effective_nfe"}.get(flag)
+    return flag if key is None else f"{flag} (formula: {row['formula'][key]:.5g})"

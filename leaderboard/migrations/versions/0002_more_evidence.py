@@ -59,8 +59,6 @@ def upgrade() -> None:
         sa.Column("effective_nfe", sa.Float(53), nullable=True),
         sa.Column("guided", sa.Boolean(), nullable=True),
         sa.Column("scores", sa.JSON(), nullable=False),
-        sa.Column("seconds_per_video", sa.Float(53), nullable=True),
-        sa.Column("device", sa.Text(), nullable=True),
         sa.Column("note", sa.Text(), nullable=False),
         *_id_and_key("reported"),
     )
