@@ -258,8 +258,8 @@ class Checkpoint:
             if isinstance(network, TMDStudent):
                 return sample_tmd(network, text, x1, outer, spec.inner(n), noise.draw, clock)
             return sample_plain(
-                network, text, x1, outer, noise.draw if spec.sampler == "sde" else None, negative=negative, guidance=w,
-                scaled=spec.initial == "scaled", time_precision=getattr(torch, spec.time_precision), clock=clock,
+                network, text, x1, outer, spec.sampler, noise.draw, negative=negative, guidance=w,
+                scaled=spec.initial == "scaled", bf16_times=spec.time_precision == "bfloat16", clock=clock,
             )  # fmt: skip
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:

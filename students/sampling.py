@@ -15,6 +15,7 @@ from torch import Tensor
 
 from students.base import Base, guided, velocity
 from students.errors import ConfigError
+from students.plain import NEXT_POINT, round_time
 from students.text_kv import text_once
 from students.times import check_grid
 from students.tmd import TMDStudent
@@ -97,55 +98,56 @@ def sample_plain(
     text: Tensor,
     noise: Tensor,
     outer_grid: Tensor,
+    sampler: str = "ode",
     fresh_noise: Callable[[], Tensor] | None = None,
     *,
     negative: Tensor | None = None,
     guidance: float = 1.0,
     scaled: bool = False,
-    time_precision: torch.dtype = torch.float64,
+    bf16_times: bool = False,
     clock: Clock = untimed,
 ) -> Tensor:
     """A plain student: at each t_i the clean estimate g = x - t_i v, and from it the next, less noisy sample.
 
-    Without fresh noise x_next = (1 - t_next / t_i) g + (t_next / t_i) x (Eq. 18, deterministic); with it
-    x_next = (1 - t_next) g + t_next eps (Eq. 19, as DMD2 and rCM do). The last g is the result.
+    The steps are those of :mod:`students.plain`: "ode" is Eq. 18, deterministic; "sde" Eq. 19, with fresh noise, as
+    DMD2 and rCM have it. The last g is the result.
 
     Args:
         transformer: in evaluation mode.
         text: caption embeddings (B, text_length, D).
         noise: x1, (B, C, T, H, W).
         outer_grid: 0 = t_0 < ... < t_M, float64.
-        fresh_noise: gives eps, shaped as ``noise``, between steps; None for Eq. 18.
+        sampler: "ode" or "sde".
+        fresh_noise: gives eps, shaped as ``noise``; needed for "sde".
         negative: embeddings of the negative prompt, (1 or B, text_length, D), needed with guidance.
         guidance: w in v_u + w (v_c - v_u); at 1 there is no guidance and one forward pass a step.
         scaled: start from t_M x1 instead of x1.
-        time_precision: what 1000 t is rounded to; bfloat16 as in rCM's code.
+        bf16_times: round 1000 t to bfloat16, as rCM's code does.
         clock: told of "backbone".
 
     Returns:
         Normalised latents (B, C, T, H, W), float32.
 
     Raises:
-        ConfigError: the grid is not strictly increasing from 0, or guidance without negative embeddings.
+        ConfigError: the grid is not strictly increasing from 0, guidance without negative embeddings, or "sde" without
+            fresh noise.
     """
     check_grid(outer_grid)
     if guidance > 1 and negative is None:
         raise ConfigError(f"Guidance {guidance} needs the negative prompt's embedding.")
+    if sampler == "sde" and fresh_noise is None:
+        raise ConfigError("The sampler sde re-noises at every step; give fresh_noise.")
+    fresh = fresh_noise or (lambda: noise)  # Eq. 18 draws none
     points = outer_grid.tolist()
     x = noise.float() * (points[-1] if scaled else 1.0)
     for i in range(len(points) - 1, 0, -1):
-        network_time = (
-            torch.full((len(x),), 1000 * points[i], dtype=torch.float64, device=x.device).to(time_precision).double()
-            / 1000
-        )
+        t = torch.full((len(x),), points[i], dtype=torch.float64, device=x.device)
+        t = round_time(t) if bf16_times else t
         with clock("backbone"):
-            v = velocity(transformer, x, network_time, text)
+            v = velocity(transformer, x, t, text)
             if guidance > 1 and negative is not None:
-                v = guided(v, velocity(transformer, x, network_time, negative.expand(len(x), -1, -1)), guidance)
-        g, share = x - points[i] * v, points[i - 1] / points[i]
-        if i == 1:
-            return g
-        x = g + share * (x - g) if fresh_noise is None else g + points[i - 1] * (fresh_noise().to(x) - g)
+                v = guided(v, velocity(transformer, x, t, negative.expand(len(x), -1, -1)), guidance)
+        x = NEXT_POINT[sampler](x, x - points[i] * v, points[i], points[i - 1], fresh)
     return x
 
 

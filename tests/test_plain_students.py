@@ -62,7 +62,7 @@ def test_equal_to_diffusers_flow_match_euler(stochastic: bool) -> None:
     transformer, text, noise = inputs()
     points = grid(3, 5.0)
     draws = Draws()
-    ours = sample_plain(transformer, text, noise, points, draws if stochastic else None)
+    ours = sample_plain(transformer, text, noise, points, "sde" if stochastic else "ode", draws)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic)
     scheduler.set_timesteps(sigmas=points.flip(0)[:-1].tolist())
     if stochastic:
@@ -87,7 +87,7 @@ def test_scaled_start_rounded_times_and_guidance() -> None:
     seen: list[float] = []
     handle = transformer.condition_embedder.register_forward_pre_hook(lambda m, a: seen.append(a[0][0].item()))
     points = torch.tensor(RCM, dtype=torch.float64)
-    sample_plain(transformer, text, noise, points, Draws(), scaled=True, time_precision=torch.bfloat16)
+    sample_plain(transformer, text, noise, points, "sde", Draws(), scaled=True, bf16_times=True)
     handle.remove()
     assert seen == [988.0, 932.0, 852.0, 608.0]  # what rCM's released code feeds its network in bf16
     one = torch.tensor([0, 0.9], dtype=torch.float64)
@@ -97,6 +97,8 @@ def test_scaled_start_rounded_times_and_guidance() -> None:
     both = sample_plain(transformer, text, noise, one, negative=negative, guidance=3.0)
     plain, bare = (sample_plain(transformer, t, noise, one) for t in (text, negative.expand(2, -1, -1)))
     torch.testing.assert_close(both, bare + 3 * (plain - bare), atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="fresh_noise"):
+        sample_plain(transformer, text, noise, one, "sde")
     with pytest.raises(ConfigError, match="negative"):
         sample_plain(transformer, text, noise, one, guidance=3.0)
 
@@ -131,7 +133,10 @@ def test_checkpoint_folder(pipeline: Path, tmp_path: Path) -> None:
     assert settings["forward_passes"] == measure_effective_nfe(checkpoint) == 3.0  # CFG-free: one pass a step
     noise = VideoNoise([7], checkpoint.base.latent_shape)
     x1 = noise.draw()
-    latents = sample_plain(network, checkpoint.base.encode_prompts(["a red circle"]), x1, grid(3, 5.0), noise.draw)
+    assert isinstance(checkpoint.student, WanTransformer3DModel)
+    latents = sample_plain(
+        checkpoint.student, checkpoint.base.encode_prompts(["a red circle"]), x1, grid(3, 5.0), "sde", noise.draw
+    )
     assert torch.equal(checkpoint.sample(["a red circle"], [7]), checkpoint.base.decode(latents))
     for arguments in (dict(n=1), dict(guidance=3.0)):
         with pytest.raises(ConfigError):
