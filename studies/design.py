@@ -83,7 +83,7 @@ class Design:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.name):
             raise StudyError(
-                f"The study's name {self.name!r} must be 1 to 64 letters, digits, - or _, starting with a letter or digit."
+                f"The study's name {self.name!r} must be 1 to 64 letters, digits, - or _, the first no mark."
             )
         if len(self.models) < 2 or len(set(self.models)) < len(self.models) or not all(self.models):
             raise StudyError(f"A study needs two or more models of different names, not {list(self.models)}.")

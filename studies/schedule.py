@@ -171,7 +171,7 @@ def _deal(design: Design, rng: random.Random) -> list[_Place]:
     count = -(-pairs * total // design.main_trials)
     places = []
     for pair in range(pairs):
-        # Cumulative shares, each pair offset so that its larger runs fall on other sheets than those of the pair before.
+        # Cumulative shares, each pair offset so that its larger runs fall on other sheets than the pair before's.
         ends = [(sheet * total * pairs + pair * count) // (count * pairs) for sheet in range(1, count)] + [total]
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         seeds = []

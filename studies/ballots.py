@@ -1,0 +1,159 @@
+"""Who votes on what: joining, leasing a sheet in one transaction, the trial that is open, withdrawal.
+
+A sheet belongs to the rater who leased it. A rater who stays silent past the lease keeps the sheet until a newcomer
+finds no fresh one; then the newcomer takes over what is unanswered.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from studies.models import Audit, Rater, Sheet, Trial, Vote
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a rater stands."""
+
+    trial: Trial | None
+    """The open trial; None when there is none for this rater."""
+    done: int
+    """Answered trials of the sheet, practice left out."""
+    total: int
+    """Trials of the sheet, practice left out."""
+    finished: bool
+    """Whether all is answered."""
+
+
+def find_rater(session: Session, study_id: int, key_hash: str, *, lock: bool = False) -> Rater | None:
+    """The rater's row; locked against the rater's other tabs where ``lock``."""
+    query = select(Rater).where(Rater.study_id == study_id, Rater.key_hash == key_hash)
+    return session.scalars(query.with_for_update() if lock else query).one_or_none()
+
+
+def consent(session: Session, study_id: int, key_hash: str, text_hash: str, now: datetime) -> Rater:
+    """Enter a rater with the consent given; a second consent changes nothing."""
+    rater = find_rater(session, study_id, key_hash, lock=True)
+    if rater is None:
+        rater = Rater(study_id=study_id, key_hash=key_hash, joined=now, consent_hash=text_hash, consented=now)
+        session.add(rater)
+        session.flush()
+    return rater
+
+
+def standing(session: Session, rater: Rater, now: datetime, lease: timedelta) -> Standing:
+    """The rater's open trial, leasing a sheet and issuing tokens as needed; renews the lease.
+
+    Args:
+        session: a writing one, with the rater locked.
+        rater: who has consented and not withdrawn.
+        now: the time.
+        lease: how long a silent rater keeps a sheet for sure.
+    """
+    sheet = session.scalars(
+        select(Sheet).where(Sheet.rater_id == rater.id).order_by(Sheet.finished, Sheet.id.desc()).limit(1)
+    ).one_or_none()
+    if sheet is None or (sheet.finished and rater.finished is None):
+        sheet = _lease(session, rater, now)
+    if sheet is None:
+        if rater.finished is None and _votes(session, rater):  # others did the rest while this rater was away
+            rater.finished = now
+        return Standing(trial=None, done=0, total=0, finished=rater.finished is not None)
+    if rater.first_question is None:
+        rater.first_question = sheet.first_question
+    trials = session.execute(
+        select(Trial.id, Trial.kind, Vote.trial_id, Vote.rater_id)
+        .outerjoin(Vote, Vote.trial_id == Trial.id)
+        .where(Trial.sheet_id == sheet.id, Trial.voided.is_(False))
+        .order_by(Trial.position)
+    ).all()
+    mine = [row for row in trials if row[1] != "practice" and row[3] in (None, rater.id)]
+    done = sum(row[2] is not None for row in mine)
+    first = next((row[0] for row in trials if row[2] is None), None)
+    if first is None:
+        sheet.finished = True
+        rater.finished = rater.finished or now
+        return Standing(trial=None, done=done, total=len(mine), finished=True)
+    sheet.lease_until = now + lease
+    trial = session.get_one(Trial, first)
+    if trial.rater_id != rater.id:
+        trial.rater_id, trial.issued = rater.id, now
+        trial.token, trial.token_left, trial.token_right = (secrets.token_urlsafe(18) for _ in range(3))
+        trial.fetched_left = trial.fetched_right = False
+    return Standing(trial=trial, done=done, total=len(mine), finished=False)
+
+
+def withdraw(session: Session, rater: Rater, now: datetime) -> int:
+    """Take a rater out: votes are marked and count nowhere, unanswered trials are free at once.
+
+    Returns:
+        The number of votes marked.
+    """
+    rater.withdrawn = now
+    marked = _votes(session, rater)
+    session.execute(update(Vote).where(Vote.rater_id == rater.id).values(withdrawn=True))
+    session.execute(update(Sheet).where(Sheet.rater_id == rater.id, Sheet.finished.is_(False)).values(lease_until=now))
+    detail = {"rater": rater.key_hash[:12], "votes": marked}
+    session.add(Audit(study_id=rater.study_id, at=now, action="withdrawn", detail=detail))
+    return marked
+
+
+def _votes(session: Session, rater: Rater) -> int:
+    return session.scalar(select(func.count()).select_from(Vote).where(Vote.rater_id == rater.id)) or 0
+
+
+def _lease(session: Session, rater: Rater, now: datetime) -> Sheet | None:
+    """A fresh sheet, else the rest of an expired one that shows this rater nothing twice."""
+    mine = select(Sheet).where(Sheet.study_id == rater.study_id, Sheet.finished.is_(False))
+    seen = set(
+        session.scalars(
+            select(Trial.item)
+            .join(Vote, Vote.trial_id == Trial.id)
+            .where(Vote.rater_id == rater.id, Trial.kind == "main")
+        )
+    )
+    fresh = mine.where(Sheet.rater_id.is_(None)).order_by(Sheet.number)
+    expired = mine.where(Sheet.rater_id.is_not(None), Sheet.rater_id != rater.id, Sheet.lease_until <= now)
+    for query in (fresh, expired.order_by(Sheet.lease_until, Sheet.number)):
+        if not seen:
+            query = query.limit(1)
+        for sheet in session.scalars(query.with_for_update(skip_locked=True)):
+            if sheet.rater_id is not None or seen:
+                left = _unanswered(session, sheet)
+                if seen & {trial.item for trial in left if trial.kind == "main"}:
+                    continue
+                if sheet.rater_id is not None:
+                    _take_over(session, sheet, left, rater, now)
+            sheet.rater_id = rater.id
+            return sheet
+    return None
+
+
+def _unanswered(session: Session, sheet: Sheet) -> list[Trial]:
+    answered = select(Vote.trial_id)
+    query = select(Trial).where(Trial.sheet_id == sheet.id, Trial.voided.is_(False), Trial.id.not_in(answered))
+    return list(session.scalars(query.order_by(Trial.position)))
+
+
+def _take_over(session: Session, sheet: Sheet, left: list[Trial], rater: Rater, now: datetime) -> None:
+    """Prepare a sheet's rest for a newcomer: practice anew, repeats of what another saw skipped."""
+    waiting = {trial.position for trial in left}
+    practice = session.scalars(
+        select(Trial).where(Trial.sheet_id == sheet.id, Trial.kind == "practice").order_by(Trial.position)
+    ).all()
+    lowest = min((trial.position for trial in practice), default=0)
+    again = [trial for trial in practice if trial.position >= 0 and trial.position not in waiting]
+    for place, trial in enumerate(again):
+        copied = ("sheet_id", "kind", "prompt", "left", "right", "seed_left", "seed_right", "answers")
+        values = {name: getattr(trial, name) for name in copied}
+        session.add(Trial(position=lowest - len(again) + place, **values))
+    for trial in left:
+        if trial.repeat_of is not None and trial.repeat_of not in waiting:
+            trial.voided = True
+    detail = {"sheet": sheet.number, "trials": len(left), "rater": rater.key_hash[:12]}
+    session.add(Audit(study_id=sheet.study_id, at=now, action="taken over", detail=detail))
