@@ -87,6 +87,11 @@ _KNOWN = (
 )
 
 
+def lower_is_better(name: str) -> bool:
+    """Whether small values of a metric are good, as of distances."""
+    return any(shown.name == name and shown.better == "lower" for shown in _KNOWN)
+
+
 def displays(results: Iterable[Result]) -> list[Display]:
     """How to show every metric that the results have: known ones first, then the others by name.
 

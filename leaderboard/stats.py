@@ -1,9 +1,21 @@
-"""Statistics on scores that need only their intervals; numpy only."""
+"""Statistics on scores: rank ranges, paired differences on common prompts, the Pareto front and how sure it is.
+
+What is drawn anew is always prompts, never videos: the videos of one prompt are alike. Draws have a fixed seed, so the
+same database gives the same figures.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+DRAWS, SEED = 2000, 0
+Z = 1.959964
+"""97.5 % quantile of the normal distribution."""
 
 
 def rank_ranges(low: ArrayLike, high: ArrayLike, *, higher_is_better: bool = True) -> NDArray[np.int64]:
@@ -33,3 +45,90 @@ def rank_ranges(low: ArrayLike, high: ArrayLike, *, higher_is_better: bool = Tru
 def intervals_apart(a: tuple[float, float], b: tuple[float, float]) -> bool:
     """Whether two intervals (low, high) share no point."""
     return a[1] < b[0] or b[1] < a[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """a minus b in one metric, over the prompts that both have."""
+
+    value: float
+    """Mean over prompts of the difference of the prompts' means."""
+    low: float
+    high: float
+    prompts: int
+    """Prompts that both have."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+@lru_cache(maxsize=4)
+def prompt_weights(prompts: int) -> NDArray[np.float32]:
+    """Bootstrap weights, shape (``DRAWS``, prompts): how often each prompt is drawn, over the number of prompts."""
+    counts = np.random.default_rng(SEED).multinomial(prompts, np.full(prompts, 1 / prompts), size=DRAWS)
+    return (counts / prompts).astype(np.float32)
+
+
+def paired_differences(
+    pairs: Mapping[tuple[int, int], tuple[Mapping[int, float], Mapping[int, float]]],
+) -> dict[tuple[int, int], Difference]:
+    """Differences with 95 % percentile intervals of a bootstrap over the common prompts.
+
+    Args:
+        pairs: for each pair of rows the means of its prompts, of a and of b, by prompt.
+
+    Returns:
+        For each pair with at least two common prompts its difference.
+    """
+    columns: dict[int, list[tuple[tuple[int, int], NDArray[np.float64]]]] = {}
+    for pair, (a, b) in pairs.items():
+        common = sorted(a.keys() & b.keys())
+        if len(common) >= 2:
+            difference = np.array([a[prompt] - b[prompt] for prompt in common])
+            columns.setdefault(len(common), []).append((pair, difference))
+    found = {}
+    for prompts, entries in columns.items():  # one product of matrices for all pairs with as many prompts
+        drawn = prompt_weights(prompts) @ np.stack([d for _, d in entries], axis=1)
+        lows, highs = np.quantile(drawn, [0.025, 0.975], axis=0)
+        for (pair, difference), low, high in zip(entries, lows, highs, strict=True):
+            found[pair] = Difference(value=float(difference.mean()), low=float(low), high=float(high), prompts=prompts)
+    return {pair: found[pair] for pair in pairs if pair in found}
+
+
+def on_front(cost: ArrayLike, score: ArrayLike) -> NDArray[np.bool_]:
+    """Which rows no other row beats: none costs no more and scores more, or costs less and scores no less.
+
+    Args:
+        cost: shape (R,), lower is better.
+        score: shape (R,) or (draws, R), higher is better.
+
+    Returns:
+        Of the shape of ``score``.
+
+    >>> on_front([1, 2, 4], [0.5, 0.7, 0.6]).tolist()
+    [True, True, False]
+    """
+    cost, score = np.asarray(cost, np.float64), np.asarray(score, np.float64)
+    order = np.lexsort((np.arange(len(cost)), cost))
+    ordered, groups = score[..., order], np.unique(cost[order], return_index=True)[1]
+    # best of each cost, then the best of all lower costs before it
+    best = np.maximum.reduceat(ordered, groups, axis=-1)
+    before = np.maximum.accumulate(best, axis=-1)
+    before = np.concatenate([np.full((*before.shape[:-1], 1), -np.inf), before[..., :-1]], axis=-1)
+    sizes = np.diff([*groups, len(cost)])
+    front = (ordered >= np.repeat(best, sizes, axis=-1)) & (ordered > np.repeat(before, sizes, axis=-1))
+    found = np.empty_like(front)
+    found[..., order] = front
+    return found
+
+
+def score_draws(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> NDArray[np.float64]:
+    """Draws of each row's score, shape (``DRAWS``, R): normal, with the 95 % interval's width, rows independent.
+
+    Prompts that rows have in common make their errors alike; taking them as independent errs towards less certainty.
+    """
+    value, low, high = (np.asarray(x, np.float64) for x in (value, low, high))
+    noise = np.random.default_rng(SEED).standard_normal((DRAWS, len(value)))
+    return value + noise * (high - low) / (2 * Z)
