@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from students.errors import ConfigError, EnvironmentMissingError
 from students.machine import home
+from students.parallel_context import gather_tokens, join
 from students.text_cache import TextCache
 from students.tmd import unpatchify
 from students.weights import combined_hash, read_json, weight_files
@@ -65,6 +67,7 @@ class Base:
         text_length, negative_prompt, frames, height, width, fps, guidance: see :class:`Facts`.
         blocks: L.
         latent_shape: (C, T, H, W) of one video's latents.
+        heads, tokens: of the transformer's attention, and of one video.
         offload: networks lie in the CPU's memory and visit the device only while they compute.
         vae_tiling: the VAE decodes overlapping tiles: less memory, and pixels near the seams differ slightly.
     """
@@ -102,6 +105,9 @@ class Base:
             self.height // spatial,
             self.width // spatial,
         )
+        self.heads: int = transformer.get("num_attention_heads", 40)
+        patch = transformer.get("patch_size", (1, 2, 2))
+        self.tokens: int = math.prod(size // p for size, p in zip(self.latent_shape[1:], patch, strict=True))
 
     @cached_property
     def hash(self) -> str:
@@ -285,7 +291,7 @@ def velocity(transformer: WanTransformer3DModel, x_t: Tensor, t: Tensor, text: T
     """
     dtype = transformer.patch_embedding.weight.dtype
     out = transformer(
-        hidden_states=x_t.to(dtype),
+        hidden_states=join(transformer, x_t).to(dtype),
         timestep=1000 * t.double(),
         encoder_hidden_states=text.to(dtype),
         return_dict=False,
@@ -336,7 +342,8 @@ def features(
         for handle in handles:
             handle.remove()
     # Without contiguous(), GroupNorm's backward on the CPU crashes when its input needs no gradient (torch 2.13).
-    maps = [unpatchify(seen[index], x_t.shape[2:], transformer.config.patch_size).contiguous() for index in blocks]
+    tokens = {index: gather_tokens(transformer, seen[index]) for index in blocks}
+    maps = [unpatchify(tokens[index], x_t.shape[2:], transformer.config.patch_size).contiguous() for index in blocks]
     return v, maps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from students.distributed import Ranks
 from students.errors import ConfigError
 from students.machine import home
 from students.method import Method, Pairs
+from students.parallel import Layout, store_low
 from students.spec import BaseRecord, StudentSpec
 from students.tmd import TMDStudent
 from students.weights import combined_hash, weight_files
@@ -36,6 +38,8 @@ class Parts:
     """The network that the run is for."""
     method: Method
     """Losses and the networks they train, the student among them."""
+    layout: Layout
+    """How networks lie over the ranks."""
     parent: dict[str, str] | None
     """Path and weights' hash of the checkpoint the student started from."""
 
@@ -53,17 +57,53 @@ def build_parts(config: TrainConfig, ranks: Ranks, *, progress: bool = True) -> 
     """
     base = load_base(config.base, device=ranks.device)
     config.check_base(base.blocks)
-    data, negative = _encoded(config, ranks, progress)
-    torch.manual_seed(config.seed)
-    student, parent = _student(config, base)
-    if config.gradient_checkpointing:  # the GAN term back-propagates through the frozen teacher too
-        base.transformer.enable_gradient_checkpointing()
-    method = config.kind.build(student.to(ranks.device), base.transformer, negative, config.method)
+    config.parallel.check(ranks.world, base.heads, base.tokens)
+    data, negative = ranks.agree(lambda: _encoded(config, ranks, progress))
+    layout = Layout(config.parallel, ranks)
+    student, method, parent = ranks.agree(lambda: _networks(config, base, layout, negative))
+    low, blocks = config.precision == "bf16", getattr(student, "head_blocks", None)
+    in_full = [student, *(getattr(student, "blocks", []) if blocks is None else blocks)]
     for network in method.networks.values():
-        network.to(ranks.device).train()
-        if config.gradient_checkpointing and isinstance(network, ModelMixin):
-            network.enable_gradient_checkpointing()
-    return Parts(base=base, data=data, student=student, method=method, parent=parent)
+        _recompute(config, network.train())
+        mine = network is student
+        layout.place(
+            network, low=low, full=in_full if mine and config.kind.differentiates else (),
+            keep=blocks if mine and blocks is not None else (),
+        )  # fmt: skip
+    teacher = getattr(method, "teacher", None)
+    if teacher is not None:
+        _recompute(config, teacher)  # the GAN term back-propagates through the frozen teacher too
+        if low:
+            store_low(teacher)
+        layout.place(teacher, low=low)
+    return Parts(base=base, data=data, student=student, method=method, layout=layout, parent=parent)
+
+
+def _networks(
+    config: TrainConfig, base: Base, layout: Layout, negative: Tensor
+) -> tuple[nn.Module, Method, dict[str, str] | None]:
+    """Student and method with weights in the CPU's memory or on the device, or on the meta device where
+    :class:`students.parallel.Layout` brings the weights later."""
+    torch.manual_seed(config.seed)
+    with contextlib.nullcontext() if layout.here else torch.device("meta"):
+        if not layout.here:
+            shape = WanTransformer3DModel.load_config(base.folder / "transformer")
+            teacher = WanTransformer3DModel.from_config(shape).eval().requires_grad_(False)
+        elif layout.sharded:
+            teacher = load_base(base.ref if base.revision is None else f"{base.ref}@{base.revision}").transformer
+        else:
+            teacher = base.transformer
+        student, parent = _student(config, base, teacher)
+        if not layout.sharded:
+            student = student.to(layout.ranks.device)
+        return student, config.kind.build(student, teacher, negative, config.method), parent
+
+
+def _recompute(config: TrainConfig, network: nn.Module) -> None:
+    if config.gradient_checkpointing and isinstance(network, ModelMixin):
+        network.enable_gradient_checkpointing()
+    if config.parallel.checkpoint_head and isinstance(network, TMDStudent):
+        network.head_checkpointing = True
 
 
 def _encoded(config: TrainConfig, ranks: Ranks, progress: bool) -> tuple[Pairs, Tensor]:
@@ -71,7 +111,8 @@ def _encoded(config: TrainConfig, ranks: Ranks, progress: bool) -> tuple[Pairs, 
     encoder = load_base(config.base, device=ranks.device)
     data: Pairs = open_data(encoder, config.data, first=ranks.first, progress=progress)
     if config.kind.prepare is not None:
-        data = config.kind.prepare(config.method, encoder, data, ranks.first, progress)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            data = config.kind.prepare(config.method, encoder, data, ranks, progress)
     return data, encoder.encode_prompts([encoder.negative_prompt]).float()
 
 
@@ -88,9 +129,11 @@ def new_student(config: TrainConfig, teacher: WanTransformer3DModel) -> nn.Modul
     return TMDStudent.from_teacher(teacher, h=form.h, fusion=form.fusion, target=form.target, gate=form.gate)
 
 
-def _student(config: TrainConfig, base: Base) -> tuple[nn.Module, dict[str, str] | None]:
-    if config.parent is None:
-        return new_student(config, base.transformer), None
+def _student(
+    config: TrainConfig, base: Base, teacher: WanTransformer3DModel
+) -> tuple[nn.Module, dict[str, str] | None]:
+    if config.parent is None or teacher.patch_embedding.weight.is_meta:  # weights and provenance are the main rank's
+        return new_student(config, teacher), None
     folder = Path(config.parent)
     spec, student = load_student(folder)
     kind, shape = config.kind, config.student

@@ -17,6 +17,8 @@ from students.data import DataConfig
 from students.errors import ConfigError
 from students.method import Cost, MethodKind, Shape
 from students.nfe import check_h
+from students.parallel import ParallelConfig
+from students.preview import PreviewConfig
 from students.registry import METHODS, kind_name, method_kind
 from students.settings import Layer, build, environment_layer, flag_layer, merge, to_tree, yaml_layers
 from students.tmd import FUSIONS, TARGETS
@@ -121,14 +123,25 @@ class TrainConfig:
     """Iterations between saved states."""
     keep: int = 2
     """Saved states to keep; the latest is what --resume reads."""
+    keep_every: int | None = None
+    """States at multiples of this many iterations are kept as well; null: none."""
     log_every: int = 10
     """Iterations between lines of events.jsonl, each the mean since the last."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics beside TensorBoard; null: none. Needs the wandb package."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the run is laid out over its ranks."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """Samples while it trains."""
 
     def __post_init__(self) -> None:
         kind_name(self.method)
         _require(bool(self.out), "out must name a folder.")
         for name in ("batch", "iterations", "save_every", "keep", "log_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
+        _require(
+            self.keep_every is None or self.keep_every >= 1, f"keep_every must be at least 1, not {self.keep_every}."
+        )
         _require(0 <= self.ema < 1, f"ema must lie in [0, 1), not {self.ema}.")
         if self.micro_batch is not None:
             fit = self.micro_batch >= 1 and self.batch % self.micro_batch == 0

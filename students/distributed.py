@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from students.errors import EnvironmentMissingError
+from students.errors import ConfigError, EnvironmentMissingError, TmdError
 
 T = TypeVar("T")
 
@@ -19,19 +19,25 @@ T = TypeVar("T")
 class Ranks:
     """This process among those of the run; as a context it opens and closes the process group.
 
-    Every rank holds all weights (data parallelism) and the gradients are averaged by hand after the last backward
-    pass, so that losses may call any part of a network: DistributedDataParallel wants everything to go through one
-    ``forward``.
+    By default every rank holds all weights (data parallelism) and the gradients are averaged by hand after the last
+    backward pass, so that losses may call any part of a network: DistributedDataParallel wants everything to go through
+    one ``forward``. :mod:`students.parallel` cuts weights up instead, where asked for.
+
+    Attributes:
+        rank, world: this process's number and how many there are.
+        data_rank, data_world: the same counting once the ranks that share one sample's tokens.
     """
 
-    def __init__(self, device: str = "auto"):
+    def __init__(self, device: str = "auto", *, context: int = 1):
         """Read torchrun's environment.
 
         Args:
             device: "auto" (CUDA where there is one), "cpu" or "cuda".
+            context: neighbouring ranks that share each sample's tokens.
 
         Raises:
             EnvironmentMissingError: "cuda" without a usable GPU.
+            ConfigError: the ranks do not divide by ``context``.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise EnvironmentMissingError(
@@ -39,6 +45,9 @@ class Ranks:
             )
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world % context:
+            raise ConfigError(f"parallel.context is {context}, which does not divide the {self.world} ranks.")
+        self.data_rank, self.data_world = self.rank // context, self.world // context
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         self._opened = False
@@ -76,6 +85,21 @@ class Ranks:
         dist.barrier()
         return result if self.main else make()  # type: ignore[return-value]
 
+    def agree(self, make: Callable[[], T]) -> T:
+        """Run ``make`` on every rank; where it fails on one, all ranks stop instead of waiting for it.
+
+        Raises:
+            TmdError: it failed on another rank, whose message tells why.
+        """
+        error: Exception | None = None
+        try:
+            result = make()
+        except Exception as caught:
+            error = caught
+        if self.largest([float(error is not None)])[0]:
+            raise error or TmdError("stopped, as another rank could not start; see its message.")
+        return result
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
@@ -99,10 +123,3 @@ class Ranks:
         flat /= self.world
         for tensor, part in zip(chosen, flat.split([t.numel() for t in chosen]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-    def average_gradients(self, network: nn.Module) -> None:
-        """Mean of every parameter's gradient over ranks; parameters the loss did not reach count as zero."""
-        for parameter in network.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.average(p.grad for p in network.parameters() if p.grad is not None)

@@ -125,12 +125,15 @@ class MethodKind:
     ``sampler`` and ``gamma_outer`` or ``outer_grid``, with a flow head also ``n`` and ``gamma_inner``."""
     cost: Callable[[Any, int, Shape], Cost]
     """(settings, iteration from 1, shape) -> expected cost of the iteration, for one training pair."""
+    differentiates: bool = False
+    """True if the student also runs outside autocast, for finite differences: in sharded bf16 runs its flow head, or
+    all of a plain student, is then gathered in float32."""
     flow_head: bool = False
     """True for TMD students; else the student is a whole Wan transformer that starts as a copy of the teacher."""
     parents: tuple[str, ...] | None = None
     """Labels of the students that a run may start from in ``parent``; None: any of the same shape."""
     prepare: Callable[..., Pairs] | None = None
-    """(settings, base model, pairs, first, progress) -> what to train on instead of the pairs, made on first use; see
+    """(settings, base model, pairs, ranks, progress) -> what to train on instead of the pairs, made on first use; see
     :func:`students.kd.open_trajectories`. None: the pairs themselves."""
     setup_cost: Callable[[Any, Shape], Cost] | None = None
     """(settings, shape) -> cost of all that ``prepare`` makes; None: nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -14,7 +15,13 @@ from students.errors import ConfigError
 from students.settings import flatten
 from students.spec import StudentSpec
 
-FREE_ON_RESUME = frozenset({"out", "iterations", "save_every", "keep", "log_every", "device", "data.cache"})
+FREE_ON_RESUME = frozenset(
+    {
+        "out", "iterations", "save_every", "keep", "keep_every", "log_every", "device", "data.cache", "wandb",
+        "parallel.shard", "parallel.shard_ranks", "parallel.context", "parallel.compile", "parallel.checkpoint_head",
+        "preview.every", "preview.count", "preview.decode",
+    }
+)  # fmt: skip
 """Settings that a resumed run may change; with any other the result would be neither run's."""
 
 
@@ -57,6 +64,11 @@ def _check_same_run(out: Path, config: TrainConfig) -> None:
                 f"cannot resume {out}: its run has {name} = {old.get(name)}, this one {new.get(name)}; "
                 f"use {path}, or start in another folder with --set out=..."
             )
+
+
+def restarted() -> bool:
+    """True if torchrun or Slurm has started this command again after a rank or node was lost."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def resume_command(out: Path, world: int) -> str:

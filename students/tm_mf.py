@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from students.errors import ConfigError
 from students.method import Batch, Cost, MethodKind, Shape, draw_noise, gate_metric, interpolate, per_sample
+from students.parallel import together
 from students.times import HIGH, LOW, Shift, grid, sample_times
 from students.tmd import Features, TMDStudent
 
@@ -210,6 +211,10 @@ def slope(student: TMDStudent, points: Points, features: Features, v: Tensor, co
         config: Kind of derivative and its delta.
     """
     device = v.device.type
+    if config.derivative == "exact" and together(student):
+        raise ConfigError(
+            "TM-MF's derivative is exact, which sharding and context parallelism do not allow; use finite."
+        )
     if torch.is_autocast_enabled(device):  # half a bf16 digit over delta would drown the derivative
         features = features._replace(tokens=features.tokens.float(), text=features.text.float())
 
@@ -254,16 +259,29 @@ def tm_mf_loss(
     u = points.velocity(student, features)
 
     v = plan.y1.double() - y.double()
-    v[kept] = guide(v[kept], student, points.rows(kept), negative[kept], config.guidance)
+    for rows in _in_step(kept, student):
+        guided = guide(v[rows], student, points.rows(rows), negative[rows], config.guidance)
+        v[kept] = guided[: len(kept)]
     target = v.clone()
-    if len(moving):
-        part = features._replace(tokens=features.tokens[moving], text=features.text[moving])
-        change = slope(student, points.rows(moving), part, v[moving], config)
+    for rows in _in_step(moving, student):
+        part = features._replace(tokens=features.tokens[rows], text=features.text[rows])
+        change = slope(student, points.rows(rows), part, v[rows], config)[: len(moving)]
         target[moving] -= per_sample((s - r)[moving], x) * change
 
     error = (u.detach().double() - target).square().flatten(1).mean(dim=1)
     figures = {"tm_error": error[r == s], "mf_error": error[r < s]}
     return adaptive_loss(u, target, config.c_factor), {k: e.mean() for k, e in figures.items() if len(e)}
+
+
+def _in_step(rows: Tensor, student: TMDStudent) -> list[Tensor]:
+    """The rows of a branch, or nothing where it has none.
+
+    Where each pass of the student is a collective call, a rank without rows runs the branch on row 0 all the same and
+    drops the result: the other ranks would wait for it for ever.
+    """
+    if len(rows):
+        return [rows]
+    return [torch.zeros(1, dtype=torch.long, device=rows.device)] if together(student) else []
 
 
 class TMMF:
@@ -317,5 +335,6 @@ TM_MF_KIND = MethodKind(
     build=lambda student, teacher, negative, config: TMMF(student, negative, config),
     sampling=tm_mf_sampling,
     cost=tm_mf_cost,
+    differentiates=True,
     flow_head=True,
 )

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from students.errors import ConfigError
 from students.nfe import check_h
+from students.parallel_context import STUDENT_PLAN, join
 from students.times import check_grid
 
 FUSIONS = ("gated", "concat")
@@ -109,7 +110,8 @@ class TMDStudent(ModelMixin, ConfigMixin):
     """Main backbone and flow head made of a Wan transformer; build it with :meth:`from_teacher`.
 
     Weights are saved and loaded in diffusers' layout (``save_pretrained``, ``from_pretrained``). Set
-    ``gradient_checkpointing = True`` to recompute each block's activations in the backward pass.
+    ``gradient_checkpointing = True`` to recompute each block's activations in the backward pass, and
+    ``head_checkpointing = True`` to recompute the flow head as one piece at every inner step.
 
     Args:
         transformer: config of the teacher's ``WanTransformer3DModel`` (L = its ``num_layers``).
@@ -125,6 +127,7 @@ class TMDStudent(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["WanTransformerBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["WanTransformerBlock"]
+    _cp_plan: ClassVar[dict[str, Any]] = STUDENT_PLAN
     _keep_in_fp32_modules: ClassVar[list[str]] = [
         "rope", "time_embedder", "interval_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "gate",
     ]  # fmt: skip
@@ -166,6 +169,7 @@ class TMDStudent(ModelMixin, ConfigMixin):
         self.scale_shift_table = wan.scale_shift_table
         self.proj_out = wan.proj_out
         self.gradient_checkpointing = False
+        self.head_checkpointing = False
 
     @classmethod
     def from_teacher(
@@ -245,7 +249,7 @@ class TMDStudent(ModelMixin, ConfigMixin):
         embedding = (at_s + self._embed_time(self.interval_embedder, s - r)).type_as(features.text)
         modulation = embedder.time_proj(embedder.act_fn(embedding)).unflatten(1, (6, -1))
         of_s = embedder.time_proj(embedder.act_fn(at_s.type_as(features.text))).unflatten(1, (6, -1))
-        tokens = self.fuse(features.tokens, self._patchify(y_s), of_s)
+        tokens = self.fuse(features.tokens, self._patchify(join(self, y_s)), of_s)
         tokens = self._run(self.head_blocks, tokens, features.text, modulation, features.rotary)
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).chunk(2, dim=1)
         tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
@@ -276,7 +280,10 @@ class TMDStudent(ModelMixin, ConfigMixin):
             x_t: the backbone's input, needed for y = x.
             t: its times (B,), needed for y = x.
         """
-        out = self.head(y_s, s, r, features)
+        if self.head_checkpointing and torch.is_grad_enabled():
+            out = checkpoint(self.head, y_s, s, r, features, use_reentrant=False)
+        else:
+            out = self.head(y_s, s, r, features)
         if self.target == "x1-x":
             return y1 - out
         if x_t is None or t is None:

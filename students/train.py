@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import math
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from students.build import Parts, build_parts, describe, student_spec
@@ -32,16 +32,17 @@ from students.config import TrainConfig, load_config
 from students.data import stream_seed
 from students.distributed import Ranks
 from students.errors import ConfigError, TmdError
+from students.parallel import free_gathered
+from students.preview import Preview
 from students.revision import code_revision
-from students.run_folder import StopRequest, complete, prepare, resume_command
+from students.run_folder import StopRequest, complete, prepare, restarted, resume_command
+from students.states import States
 from students.trainer_state import (
     Average,
     MetricLog,
     NonFiniteError,
     TrainingInterrupted,
     latest_state,
-    load_state,
-    save_state,
     told_when_full,
 )
 
@@ -66,34 +67,23 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         TrainingInterrupted: SIGINT or SIGTERM; the state is saved.
     """
     out = Path(config.out)
-    with Ranks(config.device) as ranks, told_when_full(out), _deterministic(ranks.device):
-        config.passes(ranks.world)
-        _on_main(ranks, lambda: prepare(out, config, resume))
+    context = config.parallel.context
+    with Ranks(config.device, context=context) as ranks, told_when_full(out), _deterministic(ranks.device):
+        config.passes(ranks.data_world)
+        again = resume or restarted()
+        ranks.agree(lambda: prepare(out, config, again) if ranks.main else None)
         if complete(out, config):
             return out / "checkpoint"
         parts = build_parts(config, ranks, progress=progress and ranks.main)
         run = Run(config, ranks, parts)
         path = latest_state(out)
         if path is not None:
-            run.load(load_state(path))
+            run.load(path)
         ranks.barrier()
         run.go(progress and ranks.main)
-        if ranks.main:
-            run.export()
+        run.export()
         ranks.barrier()
     return out / "checkpoint"
-
-
-def _on_main(ranks: Ranks, act: Any) -> None:
-    """Run something on the main rank; where it fails, all ranks stop instead of waiting for each other."""
-    error: Exception | None = None
-    if ranks.main:
-        try:
-            act()
-        except Exception as caught:
-            error = caught
-    if ranks.largest([float(error is not None)])[0]:
-        raise error or TmdError("stopped, as the main rank could not start; see its message.")
 
 
 @contextlib.contextmanager
@@ -118,52 +108,58 @@ class Run:
         """Make optimisers and the moving average for freshly built networks."""
         self.config, self.ranks, self.parts, self.out = config, ranks, parts, Path(config.out)
         self.method, self.data = parts.method, parts.data
-        self.iteration, self.seconds = 0, 0.0
-        self.micro, self.count = config.passes(ranks.world)
+        self.layout, self.iteration, self.seconds = parts.layout, 0, 0.0
+        self.micro, self.count = config.passes(ranks.data_world)
         self.optimisers = {name: optimiser(config, name, net) for name, net in self.method.networks.items()}
         self.average = Average(parts.student, config.ema) if config.ema else None
+        self.states = States(
+            self.out, ranks, self.layout, networks=self.method.networks, optimisers=self.optimisers,
+            average=self.average, averaged=parts.student, keep=config.keep, keep_every=config.keep_every,
+        )  # fmt: skip
+        self.preview = Preview(config.preview, parts.base, self.data) if config.preview.every else None
 
-    def state(self) -> dict[str, Any]:
-        """All that resuming needs, in tensors and plain values."""
+    def record(self) -> dict[str, Any]:
+        """The plain values of a state: where the run is, and what it must go on with."""
         return {
             "iteration": self.iteration,
             "seconds": self.seconds,
             "data_hash": self.data.hash,
             "base_hash": self.parts.base.hash,
             "threads": torch.get_num_threads(),
-            "networks": {name: net.state_dict() for name, net in self.method.networks.items()},
-            "optimisers": {name: opt.state_dict() for name, opt in self.optimisers.items()},
-            "average": self.average.state_dict() if self.average else None,
+            "micro_batch": self.micro,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, path: Path) -> None:
         """Go back to a saved state.
 
         Raises:
-            ConfigError: it was made with other data or another base model.
+            ConfigError: it is damaged, or was made with other data, another base model or other passes.
         """
+        record = self.states.load(path, self._check)
+        self.iteration, self.seconds = record["iteration"], record["seconds"]
+
+    def _check(self, record: dict[str, Any]) -> None:
         for key, now in (("data_hash", self.data.hash), ("base_hash", self.parts.base.hash)):
-            if state[key] != now:
+            if record[key] != now:
                 what = key.removesuffix("_hash")
                 raise ConfigError(
-                    f"cannot resume {self.out}: its {what} had hash {state[key][:12]}, now it is {now[:12]}."
+                    f"cannot resume {self.out}: its {what} had hash {record[key][:12]}, now it is {now[:12]}."
                 )
-        if self.ranks.device.type == "cpu" and state["threads"] != torch.get_num_threads():
+        if record.get("micro_batch", self.micro) != self.micro:
+            raise ConfigError(
+                f"cannot resume {self.out} on {self.ranks.world} ranks: its passes held {record['micro_batch']} pairs, "
+                f"now {self.micro}; use as many ranks as before (runs that set micro_batch go on with any number)."
+            )
+        if self.ranks.device.type == "cpu" and record["threads"] != torch.get_num_threads():
             log.warning(
                 "resuming with %d threads a run of %d: the result agrees to rounding, not to the bit",
-                torch.get_num_threads(), state["threads"],
+                torch.get_num_threads(), record["threads"],
             )  # fmt: skip
-        for name, network in self.method.networks.items():
-            network.load_state_dict(state["networks"][name])
-            self.optimisers[name].load_state_dict(state["optimisers"][name])
-        if self.average:
-            self.average.load_state_dict(state["average"])
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
 
     def go(self, progress: bool) -> None:
         """Iterate to the end, saving and logging on the way."""
         config, main = self.config, self.ranks.main
-        metrics = MetricLog(self.out, after=self.iteration) if main else None
+        metrics = MetricLog(self.out, after=self.iteration, wandb=config.wandb) if main else None
         bar = tqdm(
             total=config.iterations, initial=self.iteration, desc=config.method_name, unit="it", disable=not progress
         )  # fmt: skip
@@ -181,8 +177,11 @@ class Run:
                         bar.set_postfix(
                             loss=f"{metrics.write(self.iteration, self.seconds)['loss']:.4g}", refresh=False
                         )
-                if main and (last or stopping or self.iteration % config.save_every == 0):
-                    save_state(self.out, self.iteration, self.state(), config.keep)
+                self.states.poll()
+                if last or stopping or self.iteration % config.save_every == 0:
+                    self.states.save(self.iteration, self.record(), wait=last or stopping)
+                if self.preview and (last or self.iteration % self.preview.every == 0):
+                    self._preview(metrics)
                 if stopping and not last:
                     self.ranks.barrier()  # torchrun ends all ranks as soon as one is gone
                     raise TrainingInterrupted(
@@ -205,9 +204,9 @@ class Run:
         terms: dict[str, Tensor] = {}
         bad = ""
         for k in range(self.count):
-            losses = self._losses(iteration, self.ranks.rank * self.count + k)
+            losses = self._losses(iteration, self.ranks.data_rank * self.count + k)
             bad = next((name for name, value in losses.items() if not torch.isfinite(value)), "")
-            if bad:
+            if self.layout.one_stops_all(bool(bad), self.method.networks, last=k == self.count - 1):
                 break
             torch.stack([value.double() for value in losses.values()]).sum().div(self.count).backward()
             for name, value in losses.items():
@@ -220,8 +219,8 @@ class Run:
         figures = self.method.metrics()
         for name in turn:
             network = self.method.networks[name]
-            self.ranks.average_gradients(network)
-            norm = nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip or math.inf)
+            self.layout.average_gradients(network)
+            norm = self.layout.clip(network, config.optimiser.clip)
             figures[f"grad_norm/{name}"] = float(norm)
             if not torch.isfinite(norm):
                 self._refuse(f"gradient of {name} is not finite", iteration)
@@ -230,10 +229,14 @@ class Run:
         if self.average and "student" in turn:
             self.average.update(self.parts.student)
         self.iteration = iteration
-        means = torch.stack(list(terms.values())).to(self.ranks.device)
+        broken = float(getattr(self.data, "broken", 0))  # of those that this rank has met
+        means = torch.stack([*terms.values(), torch.tensor(broken, dtype=torch.float64)]).to(self.ranks.device)
         self.ranks.average([means])
-        figures |= {f"loss/{name}": value for name, value in zip(terms, means.tolist(), strict=True)}
-        return {"loss": float(means.sum()), **figures}, bool(stopping)
+        *losses_, broken = means.tolist()
+        figures |= {f"loss/{name}": value for name, value in zip(terms, losses_, strict=True)}
+        if broken:
+            figures["data/broken"] = broken * self.ranks.world
+        return {"loss": sum(losses_), **figures}, bool(stopping)
 
     def _losses(self, iteration: int, index: int) -> dict[str, Tensor]:
         """Loss terms of pass ``index`` of the global batch."""
@@ -255,8 +258,12 @@ class Run:
 
     def export(self) -> None:
         """Write ``out/checkpoint`` with the averaged weights and the run's provenance."""
+        student = self.parts.student
         if self.average:
-            self.average.copy_to(self.parts.student)
+            self.average.copy_to(student)
+        student = self.layout.whole(student)
+        if student is None:
+            return
         training = {
             "config": self.config.tree(),
             "iteration": self.iteration,
@@ -266,14 +273,29 @@ class Run:
             "device": self.ranks.device_name,
             "seconds": round(self.seconds, 1),
         }
-        save_student(self.out / "checkpoint", self.parts.student, student_spec(self.config, self.parts.base, training))
+        save_student(self.out / "checkpoint", student, student_spec(self.config, self.parts.base, training))
+
+    def _preview(self, metrics: MetricLog | None) -> None:
+        """A contact sheet by the averaged weights, which are what the checkpoint will hold."""
+        assert self.preview is not None
+        student, average = self.parts.student, self.average
+        free_gathered(student)
+        spec = student_spec(self.config, self.parts.base, {})
+        with average.in_place_of(student) if average else contextlib.nullcontext():
+            latents = self.preview.sample(student, spec, self.ranks.device)
+        free_gathered(student)
+        if metrics:
+            metrics.image(self.preview.sheet(latents), self.iteration)
 
 
 def optimiser(config: TrainConfig, name: str, network: nn.Module) -> torch.optim.AdamW:
     """AdamW for one network; the fusion gate is a group of its own rate, without weight decay."""
     settings = config.optimiser
     gate = getattr(network, "gate_parameter", None)
-    groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if p is not gate]}]
+    others = [p for p in network.parameters() if p is not gate]
+    cut = [p for p in others if isinstance(p, DTensor)]  # a group of their own, as kernels take no mixture
+    parts = (cut, [p for p in others if not isinstance(p, DTensor)])
+    groups: list[dict[str, Any]] = [{"params": part} for part in parts if part]
     if gate is not None:
         groups.append({"params": [gate], "lr": settings.rate("gate"), "weight_decay": 0.0})
     return torch.optim.AdamW(

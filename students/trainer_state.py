@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import importlib
 import json
 import os
 import pickle
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from students.errors import ConfigError, TmdError
+from students.errors import ConfigError, EnvironmentMissingError, TmdError
+from students.parallel import local, put
 
 STATES = "state"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -86,8 +93,8 @@ class _Sink:
         self.file.flush()
 
 
-def save_state(out: Path, iteration: int, state: dict[str, Any], keep: int) -> Path:
-    """Write ``state/<iteration>.pt`` atomically, then remove all but the latest ``keep`` states.
+def save_state(out: Path, iteration: int, state: dict[str, Any], keep: int, keep_every: int | None = None) -> Path:
+    """Write ``state/<iteration>.pt`` atomically, then remove old ones (:func:`prune`).
 
     Raises:
         OSError: the write failed; earlier states are untouched.
@@ -111,14 +118,30 @@ def save_state(out: Path, iteration: int, state: dict[str, Any], keep: int) -> P
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    for old in sorted(folder.glob("*.pt"))[:-keep]:
-        old.unlink(missing_ok=True)
+    prune(out, keep, keep_every)
     return path
 
 
+def prune(out: Path, keep: int, keep_every: int | None) -> None:
+    """Remove all states but the latest ``keep`` and those at multiples of ``keep_every`` iterations."""
+    for old in _states(out)[:-keep]:
+        if keep_every and int(old.stem) % keep_every == 0:
+            continue
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+
+
 def latest_state(out: Path) -> Path | None:
-    """The newest state of a run, or None before the first."""
-    return max((out / STATES).glob("*.pt"), default=None)
+    """The newest state of a run, a file or the folder of a sharded run; None before the first."""
+    return max(_states(out), key=lambda path: int(path.stem), default=None)
+
+
+def _states(out: Path) -> list[Path]:
+    """Complete states, oldest first."""
+    found = [path for path in (out / STATES).glob("*") if re.fullmatch(r"\d{8}(\.pt)?", path.name)]
+    return sorted(found, key=lambda path: path.stem)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -147,20 +170,33 @@ class Average:
     def __init__(self, network: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
         self.weights = [p.detach().to(torch.float32, copy=True) for p in network.parameters()]
+        """Whole, or cut up over ranks as the network's parameters are."""
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Move towards the network's weights, once after each of its updates."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [p.detach().float() for p in network.parameters()]
-        torch._foreach_lerp_(self.weights, current, 1 - decay)
+        current = [local(p.detach()).float() for p in network.parameters()]
+        torch._foreach_lerp_([local(weight) for weight in self.weights], current, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
         """Put the averaged weights into the network."""
         for parameter, weight in zip(network.parameters(), self.weights, strict=True):
-            parameter.copy_(weight)
+            local(parameter).copy_(local(weight))
+
+    @contextlib.contextmanager
+    def in_place_of(self, network: nn.Module) -> Iterator[None]:
+        """The network with the averaged weights, within a with block; its own come back to the bit."""
+        own = [local(p.detach()).clone() for p in network.parameters()]
+        self.copy_to(network)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight in zip(network.parameters(), own, strict=True):
+                    local(parameter).copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "weights": self.weights}
@@ -168,21 +204,27 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         for mine, saved in zip(self.weights, state["weights"], strict=True):
-            mine.copy_(saved)
+            put(mine, saved)
 
 
 class MetricLog:
-    """Appends metrics to ``events.jsonl`` and to TensorBoard's files; on resume, cuts what is too new."""
+    """Appends metrics to ``events.jsonl``, TensorBoard's files and, if asked, Weights & Biases; on resume, cuts what is
+    too new."""
 
-    def __init__(self, out: Path, after: int):
+    def __init__(self, out: Path, after: int, wandb: str | None = None):
         """Open the log.
 
         Args:
             out: the run's folder.
             after: iteration the run goes on from; later lines, of a run that was killed, are dropped.
+            wandb: project of Weights & Biases that gets the metrics and previews as well.
+
+        Raises:
+            EnvironmentMissingError: wandb is asked for but not installed.
         """
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard: 1 s
 
+        self._wandb = _open_wandb(wandb, out) if wandb else None
         self.path = out / "events.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _iteration(line) <= after]
@@ -207,10 +249,44 @@ class MetricLog:
             file.write(json.dumps({"iteration": iteration, "seconds": round(seconds, 3), **means}) + "\n")
         for name, value in means.items():
             self._board.add_scalar(name, value, iteration)
+        if self._wandb:
+            self._wandb.log(means, step=iteration)
         return means
+
+    def image(self, pixels: np.ndarray, iteration: int) -> None:
+        """Write a contact sheet to ``previews/<iteration>.png`` and to the other logs.
+
+        Args:
+            pixels: (height, width, 3), uint8.
+            iteration: it was made after.
+        """
+        folder = self.path.parent / "previews"
+        folder.mkdir(exist_ok=True)
+        path, partial = folder / f"{iteration:08d}.png", folder / f".{iteration:08d}.png"
+        try:
+            Image.fromarray(pixels).save(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._board.add_image("preview", pixels, iteration, dataformats="HWC")
+        if self._wandb:
+            self._wandb.log({"preview": sys.modules["wandb"].Image(str(path))}, step=iteration)
 
     def close(self) -> None:
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _open_wandb(project: str, out: Path) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise EnvironmentMissingError(
+            f"wandb is {project}, but the package is not installed: pip install wandb, or set wandb to null."
+        ) from None
+    identity = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in the same curve
+    return wandb.init(project=project, name=out.name, id=identity, resume="allow", dir=str(out))
 
 
 def _iteration(line: str) -> float:
