@@ -89,7 +89,7 @@ def _first_videos(run: Path) -> dict[str, str]:
     return videos
 
 
-def _decode(path: Path) -> tuple[list[Any], float]:
+def decode(path: Path) -> tuple[list[Any], float]:
     """Frames as Pillow images and frames a second."""
     import av
 
@@ -110,7 +110,7 @@ def _decode(path: Path) -> tuple[list[Any], float]:
 def _clip(result: Result, path: Path) -> Clip:
     from PIL import Image
 
-    frames, rate = _decode(path)
+    frames, rate = decode(path)
     width, height = frames[0].size
     exact = width <= LARGEST
     if not exact:
@@ -142,12 +142,12 @@ def _clip(result: Result, path: Path) -> Clip:
         strip.save(still, format="WEBP", quality=60, method=4)
     return Clip(
         result=result,
-        moving=_data_uri("webp", moving.getvalue()),
-        strip=_data_uri("png" if exact else "webp", still.getvalue()),
+        moving=data_uri("webp", moving.getvalue()),
+        strip=data_uri("png" if exact else "webp", still.getvalue()),
         width=width,
         height=height,
     )
 
 
-def _data_uri(kind: str, data: bytes) -> str:
+def data_uri(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,16 +1,16 @@
 """Differences between rows of a matrix, with intervals over training seeds and prompts, and verdicts on claims.
 
-A row is a few trainings that differ in the seed, each scored on the same prompts. Its metric has two kinds of noise: that
-of training (few seeds) and that of the prompts. The mean over S seeds and P prompts has the variance
+A row is a few trainings that differ in the seed, each scored on the same prompts. Its metric has two kinds of noise:
+that of training (few seeds) and that of the prompts. The mean over S seeds and P prompts has the variance
 
     V = s_seed^2 / S + s_prompt^2 / P - s_rest^2 / (S P),
 
-with s_seed^2 the variance of the seeds' values, s_prompt^2 that of the prompts' means, and s_rest^2 the variance left in
-the S x P table after both (it is part of the first two terms, so it is taken off once; V is never taken below either of
-them). In a difference of two rows the prompts are paired, the seeds are not. Seeds and prompts each get their own quantile
-of Student's t (with Satterthwaite's degrees of freedom for the seeds of two rows), and the half widths add in squares.
-With 2 or 3 seeds the percentiles of a bootstrap over seeds and prompts cover the truth in 80 to 90 % of cases instead of
-95 % (tests/test_effects.py simulates both).
+with s_seed^2 the variance of the seeds' values, s_prompt^2 that of the prompts' means, and s_rest^2 the variance left
+in the S x P table after both (it is part of the first two terms, so it is taken off once; V is never taken below either
+of them). In a difference of two rows the prompts are paired, the seeds are not. Seeds and prompts each get their own
+quantile of Student's t (with Satterthwaite's degrees of freedom for the seeds of two rows), and the half widths add in
+squares. With 2 or 3 seeds the percentiles of a bootstrap over seeds and prompts cover the truth in 80 to 90 % of cases
+instead of 95 % (tests/test_effects.py simulates both).
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def estimate(row: Scores, *, pool: Pool | None = None, bounds: tuple[float, floa
     alone = row.seeds == 1 and (pool is None or not row.trained)
     seeds, over_seeds = _seeds(row, pool)
     prompts = _prompts(row)
-    if alone or prompts[0] + sum(v for v, _ in seeds) == 0:  # one seed: the scorer's interval; no spread at all: its exact bound for 0 % or 100 %
+    if alone or prompts[0] + sum(v for v, _ in seeds) == 0:
+        # one seed: the scorer's interval; no spread at all: its exact bound for 0 % or 100 %
         low, high = float(row.ranges[:, 0].min()), float(row.ranges[:, 1].max())
         return Estimate(value=value, low=low, high=high, degrees=np.inf, over_seeds=over_seeds)
     return _interval(value, seeds, [prompts], _rest(row), over_seeds, bounds)

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from leaderboard import display, figures
 from leaderboard.clips import Sheet, contact_sheet
 from leaderboard.display import Display
 from leaderboard.errors import LeaderboardError
 from leaderboard.models import Metric, Result
+from leaderboard.page import environment, write_file
 from leaderboard.query import load
 from leaderboard.stats import intervals_apart
 
@@ -106,18 +103,18 @@ def build_report(
         "devices": _distinct(result.device for result in results),
         "revisions": _distinct(result.code_revision for result in results),
     }
-    environment = _environment()
-    page = environment.get_template("index.html.j2").render(context)
-    table = environment.get_template("leaderboard.md.j2").render(context)
+    templates = environment()
+    page = templates.get_template("index.html.j2").render(context)
+    table = templates.get_template("leaderboard.md.j2").render(context)
     out.mkdir(parents=True, exist_ok=True)
     (out / "figures").mkdir(exist_ok=True)
     for figure in (figure for group in groups for figure in group.figures):
-        _write(out / "figures" / f"{figure.name}.svg", figure.svg)
-        _write(out / "figures" / f"{figure.name}.png", figure.png)
-    _write(out / "leaderboard.md", table)
+        write_file(out / "figures" / f"{figure.name}.svg", figure.svg)
+        write_file(out / "figures" / f"{figure.name}.png", figure.png)
+    write_file(out / "leaderboard.md", table)
     summary = report_json(shown, command=command)
-    _write(out / "report.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(out / "index.html", page)
+    write_file(out / "report.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(out / "index.html", page)
     return out / "index.html"
 
 
@@ -203,53 +200,5 @@ def _comparisons(rows: Sequence[Result], primary: Display | None) -> list[Compar
     return found
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("leaderboard"),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-    def asset(name: str) -> Markup:
-        return Markup(environment.loader.get_source(environment, name)[0])  # type: ignore[union-attr]
-
-    environment.globals |= {
-        "asset": asset,
-        "count": display.count,
-        "passes": display.passes,
-        "NONE": display.NONE,
-        "REAL": display.REAL,
-        "METHODS": display.METHODS,
-        "method_key": display.method_key,
-        "method_label": display.method_label,
-    }
-    environment.filters |= {
-        "seconds": display.seconds,
-        "short": display.short,
-        "cell": _cell,
-        "inline": lambda figure: Markup(figure.inline),
-    }
-    return environment
-
-
-def _cell(text: object) -> str:
-    """Text for a cell of a Markdown table: no pipes, no line breaks, no HTML."""
-    plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\|`*_\[\]])", r"\\\1", plain)
-
-
 def _distinct(values: Iterable[str]) -> list[str]:
     return sorted(set(values))
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """Under a temporary name, then renamed: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
