@@ -24,6 +24,7 @@ from torch import Tensor
 from students.base import Base, load_base
 from students.errors import ConfigError
 from students.nfe import branches, check_h, effective_nfe
+from students.published import open_file, open_pipeline
 from students.sampling import Clock, VideoNoise, sample_plain, sample_teacher, sample_tmd, untimed
 from students.spec import BaseRecord, StudentSpec
 from students.tmd import TMDStudent
@@ -271,43 +272,66 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    ref: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ref: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    vae_tiling: bool = False,
 ) -> Checkpoint:
-    """Open whatever ``--ckpt`` names: a student's folder, "micro", a diffusers pipeline folder or a hub id.
+    """Open whatever ``--ckpt`` names.
 
     Args:
-        ref: the name.
+        ref: a student's folder, "micro", a diffusers pipeline folder or hub id (a teacher, a published student, or
+            what ``ckpt export`` wrote), or a file of another project (:mod:`students.foreign`).
         device: where networks run.
         dtype: their precision.
+        offload: keep networks in the CPU's memory while they do not compute.
+        vae_tiling: decode in tiles.
 
     Raises:
         ConfigError: missing, truncated or contradictory files, by name.
         EnvironmentMissingError: weights that must first be fetched.
     """
-    folder = Path(ref).expanduser()
-    if (folder / "student.json").is_file():
-        spec, student = load_student(folder, device=device, dtype=dtype)
-        record = spec.base
-        base = load_base(record.ref + (f"@{record.revision}" if record.revision else ""), device=device, dtype=dtype)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload, "vae_tiling": vae_tiling}
+    path = Path(ref).expanduser()
+    if (path / "student.json").is_file():
+        record = StudentSpec.from_file(path / "student.json").base
+        base = load_base(record.ref + (f"@{record.revision}" if record.revision else ""), **options)
         if record.revision is None and base.hash != record.hash:
             raise ConfigError(
-                f"{folder} was distilled from {record.ref} with weights {record.hash[:12]}, but those there now are "
+                f"{path} was distilled from {record.ref} with weights {record.hash[:12]}, but those there now are "
                 f"{base.hash[:12]}; restore the base model."
             )
-        if (base.blocks, base.text_length) != (spec.blocks, spec.text_length):
-            raise ConfigError(
-                f"{folder} needs a base model of {spec.blocks} blocks and text length {spec.text_length}; "
-                f"{record.ref} has {base.blocks} and {base.text_length}."
-            )
-        weights = combined_hash(weight_files(folder))
-        joint = hashlib.sha256((weights + file_hash(folder / "student.json")).encode()).hexdigest()
-        return Checkpoint(str(ref), folder.resolve().name, joint, base, spec, student)
-    if str(ref) != "micro" and folder.is_dir() and not (folder / "model_index.json").is_file():
+        return _open_student(path, base, str(ref), path.resolve().name)
+    if path.is_file():
+        found = open_file(path, **options)
+        return Checkpoint(str(ref), path.stem, found.hash, found.base, found.spec, found.network)
+    if str(ref) != "micro" and path.is_dir() and not (path / "model_index.json").is_file():
+        raise ConfigError(f"{path} has neither student.json nor model_index.json; it is not a checkpoint or pipeline.")
+    base = load_base(str(ref), **options)
+    name = Path(base.ref).name
+    if (base.folder / "transformer" / "student.json").is_file():
+        return _open_student(base.folder / "transformer", base, base.ref, name)
+    if (few := open_pipeline(base)) is not None:
+        return Checkpoint(base.ref, name, few.hash, base, few.spec, few.network)
+    return Checkpoint(base.ref, name, base.hash, base, None, None)
+
+
+def _open_student(folder: Path, base: Base, ref: str, name: str) -> Checkpoint:
+    spec, student = load_student(folder, device=base.storage, dtype=base.dtype)
+    if (base.blocks, base.text_length) != (spec.blocks, spec.text_length):
         raise ConfigError(
-            f"{folder} has neither student.json nor model_index.json; it is not a checkpoint or pipeline."
+            f"{folder} needs a base model of {spec.blocks} blocks and text length {spec.text_length}; "
+            f"{base.ref} has {base.blocks} and {base.text_length}."
         )
-    base = load_base(str(ref), device=device, dtype=dtype)
-    return Checkpoint(base.ref, Path(base.ref).name, base.hash, base, None, None)
+    return Checkpoint(ref, name, student_hash(folder), base, spec, student)
+
+
+def student_hash(folder: Path) -> str:
+    """sha256 of a checkpoint folder's weights and record, the same for what ``ckpt export`` makes of it."""
+    weights = combined_hash(weight_files(folder))
+    return hashlib.sha256((weights + file_hash(folder / "student.json")).encode()).hexdigest()
 
 
 def _check_agreement(student: Student, spec: StudentSpec, where: str) -> None:
