@@ -7,7 +7,9 @@ from pathlib import Path
 
 from students.dmd2v import DMD2V_KIND
 from students.errors import ConfigError
+from students.kd import KD_KIND
 from students.method import MethodKind
+from students.rcm import RCM_KIND
 from students.tm_mf import TM_MF_KIND
 from students.tmd_stage2 import STAGE2_KIND
 
@@ -15,6 +17,8 @@ METHODS: dict[str, MethodKind] = {
     "tm_mf": TM_MF_KIND,
     "tmd_stage2": STAGE2_KIND,
     "dmd2v": DMD2V_KIND,
+    "kd": KD_KIND,
+    "rcm": RCM_KIND,
 }
 """Name in ``method.name`` to the kind of method."""
 _OWN: dict[str, MethodKind] = {}

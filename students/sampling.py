@@ -160,6 +160,7 @@ def sample_teacher(
     steps: int,
     guidance: float,
     clock: Clock = untimed,
+    watch: Callable[[int, float, Tensor], None] | None = None,
 ) -> Tensor:
     """The teacher's own sampler: the loop of ``WanPipeline`` with the scheduler of the pipeline folder.
 
@@ -171,6 +172,7 @@ def sample_teacher(
         steps: number of steps, at least 1.
         guidance: w in v_u + w (v_c - v_u); at 1 or below there is no guidance and one forward pass a step.
         clock: told of "backbone".
+        watch: told of every point before its step: the step from 0, the time in [0, 1], and x.
 
     Returns:
         Normalised latents (B, C, T, H, W), float32.
@@ -186,8 +188,10 @@ def sample_teacher(
     scheduler.set_timesteps(steps, device=noise.device)
     scheduler.set_begin_index(0)
     x = noise.float()
-    for timestep in scheduler.timesteps:
+    for step, timestep in enumerate(scheduler.timesteps):
         t = (timestep.double() / scheduler.config.num_train_timesteps).expand(len(x))
+        if watch is not None:
+            watch(step, float(t[0]), x)
         with clock("backbone"):
             v = velocity(base.transformer, x, t, text)
             if guidance > 1 and negative is not None:
