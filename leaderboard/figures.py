@@ -1,4 +1,4 @@
-"""Figures of a report: a metric against effective NFE, the same bytes for the same rows.
+"""Figures of a report: a metric against compute, the same bytes for the same rows.
 
 Colours are Okabe and Ito's, safe for colour-blind readers, and every method has its own marker besides. The SVG that
 goes into the page takes its colours from the page's CSS, so that it follows light and dark.
@@ -9,30 +9,39 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from typing import Any
 
-from leaderboard.display import Display, count, method_key
+import numpy as np
+
+from leaderboard.display import Display, count, method_key, seconds
+from leaderboard.labels import place_labels
 from leaderboard.models import Metric, Result
+from leaderboard.stats import on_front, score_draws
 
 INK, MUTED, LINE = "#1b1f24", "#5b6570", "#dde2e7"
-_STYLES = {
+STYLES = {
     "tmd": ("o", "#0072b2"),
     "tm-mf": ("o", "#56b4e9"),
     "dmd2-v": ("^", "#d55e00"),
     "rcm": ("D", "#009e73"),
     "kd": ("v", "#cc79a7"),
 }
-_OTHERS = (("P", "#e69f00"), ("X", "#e69f00"), ("*", "#e69f00"))
+OTHERS = (("P", "#e69f00"), ("X", "#e69f00"), ("*", "#e69f00"))
+DRAWN = 60
+"""Points with marker and interval, at most; the rest of a large board are dots."""
+LABELLED = 16
+"""Points with a label, at most."""
 _CSS = {"#ffffff": "var(--card)", INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)"} | {
-    color: f"var(--c-{color[1:]})" for color in (*(c for _, c in _STYLES.values()), *(c for _, c in _OTHERS))
+    color: f"var(--c-{color[1:]})" for color in (*(c for _, c in STYLES.values()), *(c for _, c in OTHERS))
 }
 _SETTINGS = {
     "svg.hashsalt": "tmd-eval",
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "text.parse_math": False,  # names are names, whatever dollar signs they hold
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
@@ -56,11 +65,13 @@ class Figure:
     caption: str
     """What it shows, one or two sentences."""
     alt: str
-    """The figure in words, with every number in it."""
+    """The figure in words, with every number in it (of a large board, those that have a label)."""
     svg: str
     """Stand-alone SVG on white."""
     png: bytes
     """The same as PNG, 200 dots an inch."""
+    pdf: bytes
+    """The same as PDF."""
 
     @property
     def inline(self) -> str:
@@ -72,61 +83,173 @@ class Figure:
         svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
         svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
         svg = svg.replace("'DejaVu Sans'", "inherit")
+        svg = re.sub(r"\n\s*", "\n", svg)
         for color, css in _CSS.items():
             svg = svg.replace(color, css)
         return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(self.alt)}" ', 1)
 
 
-def against_nfe(results: Sequence[Result], display: Display, *, name: str, real: Metric | None = None) -> Figure | None:
-    """A metric against effective NFE: log2 axis, intervals, direct labels, the teacher also as a horizontal band.
-
-    Args:
-        results: rows; those incomplete, without the metric or without an effective NFE are left out.
-        display: the metric; distances get a logarithmic axis.
-        name: file name without ending.
-        real: the same metric for real against real, drawn as a dotted line.
-
-    Returns:
-        The figure, or None where no row is left.
-    """
-    points = [
-        (result, metric)
-        for result in results
-        if result.ranked and result.effective_nfe and (metric := result.metric(display.name)) is not None
-    ]
-    if not points:
-        return None
+@contextmanager
+def canvas(width: float, height: float) -> Iterator[Any]:
+    """A matplotlib figure of a size in inches, with this project's settings."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context(_SETTINGS):
-        canvas = Canvas(figsize=(4.7, 3.6), layout="constrained")
-        FigureCanvasAgg(canvas)
-        axes = canvas.add_subplot()
-        _axes(axes, points, display, real)
-        _draw(axes, points, display)
+        drawing = Canvas(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(drawing)
+        yield drawing
+
+
+def finish(drawing: Any, *, name: str, caption: str, alt: str) -> Figure:
+    """The figure in its three formats, without dates or versions."""
+    svg, png, pdf = io.StringIO(), io.BytesIO(), io.BytesIO()
+    drawing.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    drawing.savefig(png, format="png", dpi=200, metadata={"Software": None})
+    drawing.savefig(pdf, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    return Figure(name=name, caption=caption, alt=alt, svg=svg.getvalue(), png=png.getvalue(), pdf=pdf.getvalue())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One row in a figure, on the scale shown (percent for shares)."""
+
+    label: str
+    x: float
+    y: float
+    low: float
+    """Ends of the interval; both ``y`` where there is none."""
+    high: float
+    role: str
+    method: str
+    line: str | None = None
+    """Points of one line are joined; None stands alone."""
+    named: bool = True
+    """Whether it may have a label."""
+    faint: bool = False
+    """Drawn as a dot without a label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """The axis of compute."""
+
+    label: str
+    """Heading."""
+    text: str
+    """What it is called within a sentence."""
+    tick: Callable[[float], str]
+    base: int
+    """Base of the logarithm."""
+
+
+NFE = Axis(label="Effective NFE", text="effective NFE", tick=count, base=2)
+
+
+def latency_axis(device: str) -> Axis:
+    """Seconds for one video on one device."""
+    return Axis(label=f"Seconds / video, {device}", text=f"measured seconds a video on {device}", tick=seconds, base=10)
+
+
+def points_of(
+    results: Sequence[Result], display: Display, x: Callable[[Result], float | None] = lambda row: row.effective_nfe
+) -> list[Point]:
+    """Points of measured rows; those incomplete, without the metric or without a position are left out."""
+    found = []
+    for row in results:
+        metric, place = row.metric(display.name), x(row)
+        if not row.ranked or metric is None or not place:
+            continue
+        low, high = _ends(display, metric)
+        found.append(
+            Point(
+                label=row.name,
+                x=float(place),
+                y=_scale(display, metric.value),
+                low=low,
+                high=high,
+                role=row.role,
+                method=row.method,
+                line=None if row.role == "student" else row.base or "",
+            )
+        )
+    return found
+
+
+def against(
+    points: Sequence[Point], display: Display, *, name: str, axis: Axis = NFE, real: Metric | None = None
+) -> Figure | None:
+    """A metric against compute: log axis, intervals, Pareto step, direct labels, the teacher also as a band.
+
+    Args:
+        points: rows on the scale shown.
+        display: the metric; distances get a logarithmic axis.
+        name: file name without ending.
+        axis: what x is.
+        real: the same metric for real against real, drawn as a dotted line.
+
+    Returns:
+        The figure, or None where there is no point.
+    """
+    if not points:
+        return None
+    sign = -1 if display.better == "lower" else 1
+    front = on_front([p.x for p in points], [sign * p.y for p in points])
+    best = np.lexsort((np.arange(len(points)), -sign * np.array([p.y for p in points]), ~front))
+    chosen = {int(i) for i in best[:DRAWN]} | {i for i, p in enumerate(points) if p.role == "teacher" and i in best[:9]}
+    drawn = [p for i, p in enumerate(points) if i in chosen and not p.faint]
+    dots = [p for i, p in enumerate(points) if i not in chosen or p.faint]
+    named = [p for i in best if (p := points[int(i)]) in drawn and p.named][:LABELLED]
+    certain = [p for p in drawn if p.low < p.high]
+    with canvas(4.7, 3.6) as drawing:
+        axes = drawing.add_subplot()
+        _axes(axes, points, display, axis, real)
+        axes.scatter([p.x for p in dots], [p.y for p in dots], s=9, color=MUTED, alpha=0.55, linewidths=0, zorder=1)
+        _step(axes, drawn, certain, sign)
+        _draw(axes, drawn)
         if real is not None:
-            axes.axhline(real.value, color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
-        _labels(canvas, axes, points, display, real)
-        svg, png = io.StringIO(), io.BytesIO()
-        canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        canvas.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    text = "; ".join(
-        f"{result.name} at {count(result.effective_nfe)}: {display.number(metric.value)} {display.interval(metric)}"
-        for result, metric in points
-    )
-    reference = f"; real against real: {display.number(real.value)}" if real else ""
-    title = f"{display.label}{' (%)' if display.share else ''}"
-    return Figure(
-        name=name,
-        caption=f"{title} against effective NFE (logarithmic), with 95 % intervals. "
-        + "The band is the teacher's interval, the dashed line the undistilled model."
-        + (" Dotted: real clips against other real clips." if real else ""),
-        alt=f"{title} against effective NFE. {text}{reference}.",
-        svg=svg.getvalue(),
-        png=png.getvalue(),
-    )
+            axes.axhline(_scale(display, real.value), color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
+        place_labels(drawing, axes, named, drawn, lines(drawn))
+        if real is not None:
+            axes.annotate(
+                "real vs real", (1, _scale(display, real.value)), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                textcoords="offset points", ha="right", va="bottom", fontsize=9, color=MUTED,
+            )  # fmt: skip
+        title = f"{display.label}{' (%)' if display.share else ''}"
+        caption = f"{title} against {axis.text} (logarithmic){', with 95 % intervals' if certain else ''}."
+        if any(p.role == "teacher" for p in certain):
+            caption += " The grey band is the teacher's interval."
+        if any(len(line) > 1 and line[0].role != "student" for line in lines(drawn)):
+            caption += " The dashed line joins the undistilled model."
+        if len(drawn) > 2:
+            caption += " The step is the Pareto front" + (
+                ", its shade where 95 % of resampled fronts lie." if len(certain) > 2 else "."
+            )
+        if dots:
+            caption += f" Dots: {len(dots)} more rows, in the table."
+        if real is not None:
+            caption += " Dotted: real clips against other real clips."
+        ranges = {p: f" [{_number(display, p.low)}, {_number(display, p.high)}]" for p in certain}
+        text = "; ".join(
+            f"{p.label} at {axis.tick(p.x)}: {_number(display, p.y)}{ranges.get(p, '')}"
+            for p in sorted(named if dots or len(drawn) > 40 else drawn, key=lambda p: (p.x, p.label))
+        )
+        reference = f"; real against real: {display.number(real.value)}" if real else ""
+        return finish(drawing, name=name, caption=caption, alt=f"{title} against {axis.text}. {text}{reference}.")
+
+
+def lines(points: Sequence[Point]) -> list[list[Point]]:
+    """Points that are joined, each line by position."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        if point.line is not None:
+            found.setdefault(point.line, []).append(point)
+    return [sorted(line, key=lambda p: p.x) for line in found.values() if len(line) > 1]
+
+
+def _number(display: Display, shown: float) -> str:
+    return display.number(shown / 100 if display.share else shown)
 
 
 def _scale(display: Display, value: float) -> float:
@@ -139,15 +262,23 @@ def _ends(display: Display, metric: Metric) -> tuple[float, float]:
     return _scale(display, low), _scale(display, high)
 
 
-def _axes(axes: Any, points: Sequence[tuple[Result, Metric]], display: Display, real: Metric | None) -> None:
-    nfe = [float(result.effective_nfe or 1) for result, _ in points]
-    first, last = math.floor(math.log2(min(nfe))), math.ceil(math.log2(max(nfe)))
-    ticks = [2.0**power for power in range(first, max(last, first + 1) + 1)]
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(min(nfe) / 1.45, max(max(nfe), ticks[1]) * 1.45)
-    axes.set_xticks(ticks, [count(tick) for tick in ticks])
-    axes.set_xlabel("Effective NFE")
-    ends = [end for _, metric in points for end in _ends(display, metric)]
+def _axes(axes: Any, points: Sequence[Point], display: Display, axis: Axis, real: Metric | None) -> None:
+    positions = [p.x for p in points]
+    low, high = min(positions), max(positions)
+    if axis.base == 2:
+        first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+        ticks = [2.0**power for power in range(first, max(last, first + 1) + 1)]
+    else:
+        ticks = [
+            s * 10.0**p for p in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for s in (1, 3)
+        ]
+    left, right = low / 1.45, max(high, low * 2) * 1.45
+    axes.set_xscale("log", base=axis.base)
+    axes.set_xlim(left, right)
+    shown = [tick for tick in ticks if left <= tick <= right]
+    axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    axes.set_xlabel(axis.label if len(axis.label) <= 48 else f"{axis.label[:47]}\u2026")
+    ends = [end for p in points for end in (p.low, p.high)]
     if real is not None:
         ends.append(_scale(display, real.value))
     if display.share:
@@ -180,123 +311,59 @@ def _log_ticks(axes: Any) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
-def _style(result: Result, unknown: Sequence[str]) -> dict[str, Any]:
-    if result.role == "teacher":
+def family(method: str) -> str:
+    """The method whose marker a method has: "tmd" for "TMD-N2H5"; its own name where it has none."""
+    key = method_key(method)
+    found = [known for known in STYLES if key == known or key.startswith((f"{known}-", f"{known}+"))]
+    return max(found, key=len, default=key)
+
+
+def style(role: str, method: str, unknown: Sequence[str]) -> dict[str, Any]:
+    """Marker and colour; methods without a marker of their own take one by their place among the unknown."""
+    if role == "teacher":
         return {"marker": "s", "color": INK, "markerfacecolor": INK}
-    if result.role == "undistilled":
-        return {"marker": "s", "color": MUTED, "markerfacecolor": "white"}
-    method = method_key(result.method)
-    marker, color = _STYLES.get(method) or _OTHERS[unknown.index(method) % len(_OTHERS)]
+    if role == "undistilled":
+        return {"marker": "s", "color": MUTED, "markerfacecolor": "#ffffff"}
+    key = family(method)
+    marker, color = STYLES.get(key) or OTHERS[unknown.index(key) % len(OTHERS)]
     return {"marker": marker, "color": color, "markerfacecolor": color}
 
 
-def _draw(axes: Any, points: Sequence[tuple[Result, Metric]], display: Display) -> None:
-    unknown = sorted({method_key(r.method) for r, _ in points if r.role == "student"} - set(_STYLES))
-    for result, metric in points:
-        x, y = float(result.effective_nfe or 1), _scale(display, metric.value)
-        low, high = _ends(display, metric)
-        if result.role == "teacher":
-            axes.axhspan(low, high, color=INK, alpha=0.13, linewidth=0, zorder=0)
-            axes.axhline(y, color=INK, alpha=0.5, linewidth=0.8, zorder=0)
-        style = _style(result, unknown)
-        axes.plot([x, x], [low, high], color=style["color"], linewidth=2, solid_capstyle="butt", zorder=3)
-        axes.plot([x], [y], linestyle="", markersize=7.5, markeredgewidth=1.6, zorder=4, **style)
-    for line in _undistilled(points, display):
-        axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+def _step(axes: Any, points: Sequence[Point], certain: Sequence[Point], sign: int) -> None:
+    """The Pareto front as a step, and where 95 % of the fronts of resampled scores lie."""
+    if len(points) < 3:
+        return
+    right = axes.get_xlim()[1]
+    ordered = sorted(points, key=lambda p: (p.x, -sign * p.y))
+    best = sign * np.maximum.accumulate([sign * p.y for p in ordered])
+    places = [p.x for p in ordered]
+    axes.step([*places, right], [*best, best[-1]], where="post", color=INK, linewidth=0.9, alpha=0.55, zorder=2)
+    if len(certain) > 2:
+        ordered = sorted(certain, key=lambda p: p.x)
+        draws = score_draws([sign * p.y for p in ordered], [p.low for p in ordered], [p.high for p in ordered])
+        low, high = sign * np.quantile(np.maximum.accumulate(draws, axis=1), [0.025, 0.975], axis=0)
+        axes.fill_between(
+            [*(p.x for p in ordered), right], [*low, low[-1]], [*high, high[-1]], step="post", color=INK, alpha=0.07,
+            linewidth=0, zorder=0,
+        )  # fmt: skip
 
 
-def _undistilled(points: Sequence[tuple[Result, Metric]], display: Display) -> list[list[tuple[float, float]]]:
-    """For each base model, (effective NFE, value) of the same weights at fewer and fewer steps."""
-    lines: dict[str | None, list[tuple[float, float]]] = {}
-    for result, metric in points:
-        if result.role != "student":
-            place = (float(result.effective_nfe or 1), _scale(display, metric.value))
-            lines.setdefault(result.base, []).append(place)
-    return [sorted(line) for line in lines.values() if len(line) > 1]
-
-
-def _labels(
-    canvas: Any, axes: Any, points: Sequence[tuple[Result, Metric]], display: Display, real: Metric | None
-) -> None:
-    """Names beside their points, each at the place around it where it covers least."""
-    renderer = canvas.canvas.get_renderer()
-    canvas.draw_without_rendering()
-    pixels = canvas.dpi / 72
-    frame = axes.get_window_extent(renderer)
-    taken: list[tuple[float, float, float, float]] = []
-    for result, metric in points:
-        x = float(result.effective_nfe or 1)
-        low, high = (axes.transData.transform((x, end)) for end in _ends(display, metric))
-        middle = axes.transData.transform((x, _scale(display, metric.value)))
-        reach = 6 * pixels
-        taken.append((middle[0] - reach, middle[1] - reach, middle[0] + reach, middle[1] + reach))
-        taken.append((low[0] - pixels, low[1], low[0] + pixels, high[1]))
-        if result.role == "teacher":
-            taken.append((frame.x0, middle[1] - 2 * pixels, frame.x1, middle[1] + 2 * pixels))
-    for line in _undistilled(points, display):
-        ends = axes.transData.transform(line)
-        for begin, end in pairwise(ends):
-            steps = [begin + (end - begin) * i / 60 for i in range(61)]
-            taken += [(x - 3 * pixels, y - 3 * pixels, x + 3 * pixels, y + 3 * pixels) for x, y in steps]
-    for result, metric in sorted(points, key=lambda point: (-float(point[0].effective_nfe or 1), point[0].name)):
-        place = (float(result.effective_nfe or 1), _scale(display, metric.value))
-        tried = []
-        for rank, (dx, dy, horizontal, vertical) in enumerate(_PLACES):
-            label = axes.annotate(
-                _shortened(result.name),
-                place,
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize=10,
-                zorder=5,
-            )
-            box = label.get_window_extent(renderer).extents
-            cost = sum(_overlap(box, other) for other in taken) + 20 * (_area(box) - _overlap(box, frame.extents))
-            tried.append((cost, rank, label, tuple(box)))
-        best = min(tried, key=lambda option: option[:2])
-        for option in tried:
-            if option is not best:
-                option[2].remove()
-        taken.append(best[3])
-    if real is not None:
-        axes.annotate(
-            "real vs real",
-            (1, _scale(display, real.value)),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-            color=MUTED,
-        )
-
-
-_PLACES = (
-    (9, 0, "left", "center"),
-    (-9, 0, "right", "center"),
-    (0, 9, "center", "bottom"),
-    (0, -9, "center", "top"),
-    (7, 8, "left", "bottom"),
-    (-7, 8, "right", "bottom"),
-    (7, -8, "left", "top"),
-    (-7, -8, "right", "top"),
-    (0, 20, "center", "bottom"),
-    (0, -20, "center", "top"),
-)
-"""Where a label may stand around its point, points: offset and alignment, best first."""
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 32 else f"{name[:31]}\u2026"
-
-
-def _area(box: Sequence[float]) -> float:
-    return float((box[2] - box[0]) * (box[3] - box[1]))
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return float(max(width, 0) * max(height, 0))
+def _draw(axes: Any, points: Sequence[Point]) -> None:
+    unknown = sorted({family(p.method) for p in points if p.role == "student"} - set(STYLES))
+    for point in points:
+        if point.role == "teacher" and point.low < point.high:
+            axes.axhspan(point.low, point.high, color=INK, alpha=0.13, linewidth=0, zorder=0)
+        if point.role == "teacher":
+            axes.axhline(point.y, color=INK, alpha=0.5, linewidth=0.8, zorder=0)
+        look = style(point.role, point.method, unknown)
+        if point.low < point.high:
+            ends = [point.low, point.high]
+            axes.plot([point.x] * 2, ends, color=look["color"], linewidth=2, solid_capstyle="butt", zorder=3)
+        axes.plot([point.x], [point.y], linestyle="", markersize=7.5, markeredgewidth=1.6, zorder=4, **look)
+    for line in lines(points):
+        undistilled = line[0].role != "student"
+        color = MUTED if undistilled else style("student", line[0].method, unknown)["color"]
+        axes.plot(
+            [p.x for p in line], [p.y for p in line], color=color, linewidth=1, alpha=1 if undistilled else 0.6,
+            linestyle=(0, (4, 3)) if undistilled else "-", zorder=2,
+        )  # fmt: skip

@@ -6,54 +6,19 @@ The same rows and clips give the same bytes: nothing in a report says when it wa
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from leaderboard import display, figures
-from leaderboard.clips import Sheet, contact_sheet
-from leaderboard.display import Display
+from leaderboard.board import Group, columns, groups_of, reference
+from leaderboard.clips import contact_sheet
 from leaderboard.errors import LeaderboardError
-from leaderboard.models import Metric, Result
+from leaderboard.figures import Figure
+from leaderboard.models import Result
 from leaderboard.page import environment, write_file
 from leaderboard.query import load
-from leaderboard.stats import intervals_apart
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A student beside the undistilled model at the same M, and the teacher, in one metric."""
-
-    student: Result
-    undistilled: Result
-    teacher: Result | None
-    verdict: str
-    """"above", "below" or "not apart": where the student's interval lies."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The rows on one prompt set: only these are compared with each other."""
-
-    name: str
-    slug: str
-    rows: list[Result]
-    displays: list[Display]
-    primary: Display | None
-    ranks: dict[int, str]
-    figures: list[figures.Figure]
-    comparisons: list[Comparison]
-    sheet: Sheet | None
-
-    @property
-    def headlines(self) -> list[Display]:
-        return [shown for shown in self.displays if shown.headline]
-
-    @property
-    def details(self) -> list[Display]:
-        return [shown for shown in self.displays if not shown.headline]
 
 
 def build_report(
@@ -89,9 +54,14 @@ def build_report(
         )
     if clips is None:
         clips = {result.id: Path(result.run) for result in results if (Path(result.run) / "manifest.jsonl").is_file()}
-    names = sorted({result.prompts_name for result in results})
+    groups = groups_of(results)
     groups = [
-        _group([r for r in results if r.prompts_name == name], name, clips, alone=len(names) == 1) for name in names
+        replace(
+            group,
+            figures=_figures(group, "" if len(groups) == 1 else f"{group.slug}-"),
+            sheet=contact_sheet(columns(group.rows), clips),
+        )
+        for group in groups
     ]
     shown = [row for group in groups for row in group.rows]
     context = {
@@ -145,59 +115,18 @@ def report_json(results: Sequence[Result], *, command: str) -> dict[str, Any]:
     }
 
 
-def _group(results: list[Result], name: str, clips: Mapping[int, Path], *, alone: bool) -> Group:
-    shown = display.displays(results)
-    primary = display.primary(shown)
-    rows = display.ordered(results, primary)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "prompts"
-    prefix = "" if alone else f"{slug}-"
-    real = _reference(rows)
-    by_name = {one.name: one for one in shown}
-    fidelity = next((by_name[one] for one in display.FIDELITY if one in by_name), None)
-    drawn = [
-        figures.against_nfe(rows, primary, name=f"{prefix}quality") if primary else None,
-        figures.against_nfe(rows, fidelity, name=f"{prefix}fidelity", real=real) if fidelity else None,
-    ]
-    return Group(
-        name=name,
-        slug=slug,
-        rows=rows,
-        displays=shown,
-        primary=primary,
-        ranks=display.ranks(rows, primary),
-        figures=[figure for figure in drawn if figure is not None],
-        comparisons=_comparisons(rows, primary),
-        sheet=contact_sheet(_columns(rows), clips),
-    )
-
-
-def _columns(rows: Sequence[Result]) -> list[Result]:
-    """Order of the contact sheet: teacher, students, undistilled, each from many to few evaluations."""
-    order = {"teacher": 0, "student": 1, "undistilled": 2}
-    return sorted(rows, key=lambda row: (order[row.role], -(row.effective_nfe or 0), row.name, row.id))
-
-
-def _reference(rows: Sequence[Result]) -> Metric | None:
-    """Real against real at the largest n among the complete rows."""
-    found = [metric for row in rows if row.ranked and (metric := row.metric(display.REAL)) is not None]
-    return max(found, key=lambda metric: metric.n, default=None)
-
-
-def _comparisons(rows: Sequence[Result], primary: Display | None) -> list[Comparison]:
-    if primary is None:
-        return []
-    scored = [row for row in rows if row.ranked and row.metric(primary.name) is not None]
-    teacher = next((row for row in scored if row.role == "teacher"), None)
-    found = []
-    for student in (row for row in scored if row.role == "student"):
-        for other in (row for row in scored if row.role == "undistilled" and row.m == student.m):
-            a, b = student.metric(primary.name), other.metric(primary.name)
-            if a is None or b is None or None in (a.low, a.high, b.low, b.high):
-                continue
-            apart = intervals_apart((a.low or 0.0, a.high or 0.0), (b.low or 0.0, b.high or 0.0))
-            verdict = "not apart" if not apart else "above" if a.value > b.value else "below"
-            found.append(Comparison(student=student, undistilled=other, teacher=teacher, verdict=verdict))
-    return found
+def _figures(group: Group, prefix: str) -> list[Figure]:
+    by_name = {shown.name: shown for shown in group.displays}
+    fidelity = next((by_name[name] for name in display.FIDELITY if name in by_name), None)
+    drawn = []
+    if group.primary:
+        drawn.append(
+            figures.against(figures.points_of(group.rows, group.primary), group.primary, name=f"{prefix}quality")
+        )
+    if fidelity:
+        points, real = figures.points_of(group.rows, fidelity), reference(group.rows)
+        drawn.append(figures.against(points, fidelity, name=f"{prefix}fidelity", real=real))
+    return [figure for figure in drawn if figure is not None]
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

@@ -132,3 +132,29 @@ def score_draws(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> NDArray[np
     value, low, high = (np.asarray(x, np.float64) for x in (value, low, high))
     noise = np.random.default_rng(SEED).standard_normal((DRAWS, len(value)))
     return value + noise * (high - low) / (2 * Z)
+
+
+def front_probability(
+    cost: ArrayLike, value: ArrayLike, low: ArrayLike, high: ArrayLike, *, higher_is_better: bool = True
+) -> NDArray[np.float64]:
+    """Share of boards, resampled as :func:`score_draws` does, on whose Pareto front each row is.
+
+    Args:
+        cost: shape (R,), lower is better.
+        value: scores, shape (R,).
+        low: lower ends of their 95 % intervals.
+        high: upper ends.
+        higher_is_better: direction of the score.
+
+    Returns:
+        Shape (R,), 0 to 1.
+    """
+    sign = 1 if higher_is_better else -1
+    value, low, high, cost = (np.asarray(x, np.float64) for x in (value, low, high, cost))
+    # rows that another beats by more than any draw could mend are left out: a board of thousands has few others
+    reach = value + 3 * (high - low) * sign
+    floor = np.array([np.max((sign * (value - 3 * sign * (high - low)))[cost <= c]) for c in cost])
+    kept = sign * reach >= floor
+    shares = np.zeros(len(value))
+    shares[kept] = on_front(cost[kept], sign * score_draws(value[kept], low[kept], high[kept])).mean(axis=0)
+    return shares
