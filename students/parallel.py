@@ -8,6 +8,7 @@ the small rest (modulation tables, norms, the fusion gate) lies whole on every r
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -153,6 +154,8 @@ class Layout:
         whole = MixedPrecisionPolicy(cast_forward_inputs=False)
         low = low and isinstance(network, ModelMixin)  # group norms of a discriminator want float32
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if low else whole
+        # outputs of unpatchify are views, which nothing here changes in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         embedders = [m for m in network.modules() if isinstance(m, TimestepEmbedding)]
         inside = {p for module in embedders for p in module.parameters()}
         ignored = {p for name, p in network.named_parameters() if kept(network, name) and p not in inside}
@@ -195,22 +198,15 @@ class Layout:
                 module.processor._parallel_config = self.context
         apply_context_parallel(network, self.context.context_parallel_config, network._cp_plan)
 
-    def one_stops_all(self, bad: bool, networks: dict[str, nn.Module], *, last: bool) -> bool:
+    def one_stops_all(self, bad: bool) -> bool:
         """True if the passes of this iteration must end here; call before every backward pass.
 
         Without sharding a rank may end alone. Otherwise the others would wait for it in the backward pass.
 
         Args:
             bad: this rank cannot go on.
-            networks: those in training.
-            last: this is the last pass of the iteration, after which copies of the sharded weights are made equal.
         """
-        if not (self.sharded or self.context):
-            return bad
-        for network in networks.values():
-            if isinstance(network, FSDPModule):
-                network.set_requires_all_reduce(last)
-        return bool(self.ranks.largest([float(bad)])[0])
+        return bool(self.ranks.largest([float(bad)])[0]) if self.sharded or self.context else bad
 
     def average_gradients(self, network: nn.Module) -> None:
         """Mean of gradients over data ranks, and zeros for what the losses did not reach.
@@ -218,6 +214,7 @@ class Layout:
         FSDP has taken the mean over all ranks during backward for what it holds; the rest is averaged here. Ranks that
         share a sample hold the parts of their tokens, whose sum is wanted, not the mean.
         """
+        free_gathered(network)
         for parameter in network.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -285,7 +282,7 @@ def whole_state(network: nn.Module, main: bool) -> dict[str, Tensor]:
 
 
 def free_gathered(network: nn.Module) -> None:
-    """Let go of gathered weights, so that the next forward pass sees changes of the sharded ones."""
+    """Let go of gathered weights: ``parameters()`` gives the sharded ones, and the next pass sees changes of them."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

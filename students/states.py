@@ -14,7 +14,7 @@ from torch import nn
 
 from students import parallel_state
 from students.distributed import Ranks
-from students.parallel import Layout, put
+from students.parallel import Layout, free_gathered, put
 from students.trainer_state import Average, load_state, save_state
 
 
@@ -65,6 +65,8 @@ class States:
             OSError: it could not be written; earlier states are untouched.
         """
         if self.sharded is not None:
+            for network in self.networks.values():
+                free_gathered(network)
             updates = self.average.updates if self.average else 0
             self.sharded.save(iteration, self._tensors(), {**record, "updates": updates}, wait=wait)
         elif self.ranks.main:

@@ -199,14 +199,14 @@ class Run:
             NonFiniteError: before any weight has moved.
         """
         config, turn = self.config, self.method.turn(iteration)
-        for network in self.method.networks.values():
-            network.zero_grad(set_to_none=True)
+        for optimiser_ in self.optimisers.values():
+            optimiser_.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         bad = ""
         for k in range(self.count):
             losses = self._losses(iteration, self.ranks.data_rank * self.count + k)
             bad = next((name for name, value in losses.items() if not torch.isfinite(value)), "")
-            if self.layout.one_stops_all(bool(bad), self.method.networks, last=k == self.count - 1):
+            if self.layout.one_stops_all(bool(bad)):
                 break
             torch.stack([value.double() for value in losses.values()]).sum().div(self.count).backward()
             for name, value in losses.items():

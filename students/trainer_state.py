@@ -189,14 +189,13 @@ class Average:
     @contextlib.contextmanager
     def in_place_of(self, network: nn.Module) -> Iterator[None]:
         """The network with the averaged weights, within a with block; its own come back to the bit."""
-        own = [local(p.detach()).clone() for p in network.parameters()]
+        mine = [local(p.detach()) for p in network.parameters()]
+        kept = [weight.clone() for weight in mine]
         self.copy_to(network)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, weight in zip(network.parameters(), own, strict=True):
-                    local(parameter).copy_(weight)
+            torch._foreach_copy_(mine, kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "weights": self.weights}
