@@ -83,8 +83,7 @@ def encode(frames: np.ndarray, fps: Fraction, scale: int) -> bytes:
     big = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     big = big[:, : big.shape[1] // 2 * 2, : big.shape[2] // 2 * 2]  # 4:2:0 takes even sides only
     buffer = io.BytesIO()
-    options = {"fflags": "+bitexact", "movflags": "+faststart"}
-    with av.open(buffer, "w", format="mp4", options=options) as container:
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = big.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -108,7 +108,7 @@ def cast(session: Session, study: StudyFolder, rater: Rater, token: str, ballot:
         if (stored.quality, stored.alignment) != ballot.answers:
             raise Refused(409, "conflict")
         return trial
-    sheet = session.get_one(Sheet, trial.sheet_id)
+    sheet = session.get_one(Sheet, trial.sheet_id, with_for_update=True)
     if sheet.rater_id != rater.id or trial.issued is None:
         raise Refused(404, "expired")
     passed = (now - trial.issued).total_seconds()

@@ -1,0 +1,169 @@
+"""``tmd-eval study``: preference studies from design to figure."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Preference studies: two clips, two questions, honest intervals.\n\n"
+    "Start with: tmd-eval study create --videos tmd=runs/tmd --videos dmd2=runs/dmd2 --out studies/first",
+)
+
+Study = Annotated[Path, typer.Argument(metavar="STUDY", help="Folder that study create wrote.")]
+Database = Annotated[
+    str | None,
+    typer.Option("--db", metavar="URL", help="Database URL or SQLite file; else TMD_EVAL_DB, else ./tmd-eval.db."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def create(
+    videos: Annotated[
+        list[str], typer.Option(metavar="NAME=DIR", help="Video set of a model; give two or more, the reference first.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the study.")],
+    name: Annotated[str | None, typer.Option(help="Name in the database; by default the folder's.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Model set against each other one; else all pairs.")] = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts drawn from those that the sets share.")] = 60,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts to use, one a line; no draw.")] = None,
+    seeds: Annotated[int, typer.Option(help="Videos a model and prompt.")] = 5,
+    seed_pairing: Annotated[str, typer.Option(help="matched or independent.")] = "matched",
+    votes_per_item: Annotated[int, typer.Option(help="Votes on each pair, prompt and seed.")] = 2,
+    trials_per_rater: Annotated[int, typer.Option(help="Trials of a rater, catch trials included.")] = 20,
+    catch_share: Annotated[float, typer.Option(help="Share of catch trials, 0 to 0.5.")] = 0.1,
+    practice_trials: Annotated[int, typer.Option(help="Practice trials, 0 to 2.")] = 2,
+    allow_ties: Annotated[bool, typer.Option("--allow-ties", help="Offer 'no difference'.")] = False,
+    break_every: Annotated[int, typer.Option(help="Trials between suggested breaks; 0 for none.")] = 15,
+    lease_minutes: Annotated[float, typer.Option(help="Silence after which a rater may lose what is unanswered.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of draws, sides and orders.")] = 0,
+    platform: Annotated[str, typer.Option(help="Where raters come from: none, prolific or mturk.")] = "none",
+    rater_parameter: Annotated[
+        str | None, typer.Option(help="Query parameter with the rater's id; by default the platform's.")
+    ] = None,
+    completion_code: Annotated[str | None, typer.Option(help="Shown at the end.")] = None,
+    completion_url: Annotated[str | None, typer.Option(help="Link at the end; {code} is replaced.")] = None,
+    language: Annotated[str, typer.Option(help="Texts of the page: en, or a YAML file.")] = "en",
+    contact: Annotated[str, typer.Option(help="Whom raters can write to.")] = "",
+    allow_unequal_prompts: Annotated[
+        bool, typer.Option("--allow-unequal-prompts", help="Take the prompts that all sets share.")
+    ] = False,
+    conform: Annotated[
+        bool, typer.Option("--conform", help="Bring unequal clips to the lowest rate, length and size.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made; write nothing.")] = False,
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Fix a study's design, encode its clips under random names, and hash the whole schedule.
+
+    Example: tmd-eval study create --videos tmd=runs/tmd --videos dmd2=runs/dmd2 --out studies/first
+    """
+    from tqdm import tqdm
+
+    from studies.create import create_study, plan_study
+    from studies.errors import StudyError
+    from studies.serving import Serving
+
+    sets: dict[str, Path] = {}
+    for item in videos:
+        label, equals, folder = item.partition("=")
+        if not equals or not label or label in sets:
+            raise StudyError(f"--videos {item!r} is not NAME=DIR with a name of its own.")
+        sets[label] = Path(folder)
+    settings: dict[str, Any] = {
+        "name": name or out.resolve().name, "reference": reference, "seeds": seeds, "seed_pairing": seed_pairing,
+        "votes_per_item": votes_per_item, "trials_per_rater": trials_per_rater, "catch_share": catch_share,
+        "practice_trials": practice_trials, "allow_ties": allow_ties, "break_every": break_every,
+        "lease_minutes": lease_minutes, "seed": seed,
+    }  # fmt: skip
+    serving = Serving(
+        platform=platform, rater_parameter=rater_parameter, completion_code=completion_code,  # type: ignore[arg-type]
+        completion_url=completion_url, language=language, contact=contact,
+    )  # fmt: skip
+    chosen = None
+    if prompts is not None:
+        try:
+            chosen = [line.strip() for line in prompts.read_text("utf-8").splitlines() if line.strip()]
+        except OSError as error:
+            raise StudyError(f"Cannot read the prompts {prompts} ({error.strerror}).") from error
+    plan = plan_study(
+        sets, settings, prompts=chosen, num_prompts=num_prompts, serving=serving,
+        allow_unequal=allow_unequal_prompts, conform=conform,
+    )  # fmt: skip
+    if dry_run:
+        design = plan.design
+        facts = {
+            "study": design.name, "pairs": len(design.pairs), "prompts": len(design.prompts), "votes": design.votes,
+            "raters": len(plan.sheets), "trials_per_rater": design.trials_per_rater, "clips": len(plan.clips),
+        }  # fmt: skip
+    else:
+        facts = create_study(
+            plan, out, db, command=_command(),
+            progress=lambda clips: tqdm(clips, desc="clips", unit="clip", file=sys.stderr),
+        )  # fmt: skip
+    typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+
+
+@app.command()
+def serve(
+    study: Study,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.")] = 7860,
+    db: Database = None,
+) -> None:
+    """Serve the raters' page until interrupted.
+
+    Example: tmd-eval study serve studies/first --port 7860
+    """
+    from studies.app import Server, serve
+    from studies.serving import open_folder
+
+    folder = open_folder(study)
+    server = Server(folder, db)
+    query = "" if folder.serving.platform == "none" else f"/?{folder.serving.parameter}=ID"
+    typer.echo(f"{folder.name}: http://{host}:{port}{query} (Ctrl-C ends; votes are stored at once)", err=True)
+    serve(server, host, port)
+
+
+@app.command()
+def status(study: Study, db: Database = None, as_json: Json = False) -> None:
+    """Counts and quality of a study; never who is winning.
+
+    Example: tmd-eval study status studies/first
+    """
+    from datetime import UTC, datetime
+
+    from studies.database import Database, find_study
+    from studies.serving import open_folder
+    from studies.status import study_status
+
+    folder = open_folder(study)
+    database = Database(db)
+    try:
+        with database.reading() as session:
+            row = find_study(session, folder.name, folder.schedule_hash, database.shown)
+            facts = study_status(session, row.id, datetime.now(UTC))
+    finally:
+        database.close()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if key == "audit":
+            typer.echo("audit: " + ", ".join(f"{row['at']} {row['action']}" for row in value))
+        elif isinstance(value, dict):
+            typer.echo(f"{key}: " + ", ".join(f"{name} {item}" for name, item in value.items()))
+        else:
+            typer.echo(f"{key}: {value}")
+
+
+def _command() -> str:
+    return shlex.join(["tmd-eval", *sys.argv[1:]])
