@@ -113,7 +113,7 @@ def difference(a: Scores, b: Scores, *, pool: Pool | None = None) -> Estimate:
     value = float(a.values.mean() - b.values.mean())
     (seeds_a, over_a), (seeds_b, over_b) = _seeds(a, pool), _seeds(b, pool)
     rest = 0.0
-    if a.prompts is not None and b.prompts is not None:
+    if a.prompts is not None and b.prompts is not None and a.prompts.shape[1] == b.prompts.shape[1]:
         paired = a.prompts.mean(axis=0) - b.prompts.mean(axis=0)
         prompts = [(_variance(paired) / len(paired), len(paired) - 1.0)]
         rest = _rest(a) + _rest(b)

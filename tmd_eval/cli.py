@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tmd_eval import __version__
-from tmd_eval.commands import doctor, generate, leaderboard, micro, nfe, quickstart, rerun, train, vbench
+from tmd_eval.commands import doctor, experiment, generate, leaderboard, micro, nfe, quickstart, rerun, train, vbench
 
 app = typer.Typer(
     name="tmd-eval",
@@ -48,6 +48,7 @@ app.command("generate")(generate.generate)
 app.add_typer(vbench.app, name="vbench")
 app.command("micro")(micro.micro)
 app.command("nfe")(nfe.nfe)
+app.add_typer(experiment.app, name="experiment")
 app.add_typer(leaderboard.app, name="leaderboard")
 app.command("rerun")(rerun.rerun)
 app.command("doctor")(doctor.doctor)

@@ -1,0 +1,262 @@
+"""The content of a matrix report: rows over seeds, differences, and what they say of a paper's claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from leaderboard.effects import Estimate, Pool, Scores, difference, estimate, pooled, verdict
+from leaderboard.models import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRow:
+    """One line of a table: cells that differ in the seed only."""
+
+    key: str
+    """Names the row within the matrix."""
+    name: str
+    """Name people see."""
+    section: str
+    """Part of the matrix."""
+    budget: str | None
+    """Label of its budget; None for the base model, which is shown under every one."""
+    role: str
+    """"teacher", "undistilled" or "student"."""
+    method: str
+    """Method of distillation as ``student.json`` says it; "teacher" where there is none."""
+    m: int
+    n: int | None
+    h: int | None
+    ablation: str | None
+    """Label of the ablation, None for the method as it is."""
+    baseline: str | None
+    """Key of the row without the ablation, None where there is none."""
+    effective_nfe: float | None
+    forward_passes: float | None
+    seconds_per_video: float | None
+    """Median wall-clock seconds of one video."""
+    training_minutes: float | None
+    """Of all stages, a mean over seeds; None for the base model."""
+    compute: float | None
+    """Total training compute of all stages: block forwards plus twice the backwards, over L and all pairs."""
+    student_updates: int | None
+    """Updates of the student in the last stage."""
+    iterations: tuple[int, ...] = ()
+    """Of every stage."""
+    seeds: tuple[int, ...]
+    """Seeds that are done."""
+    planned_seeds: int
+    """Seeds that were asked for."""
+    videos: int
+    """Videos scored, over all seeds."""
+    scores: dict[str, Scores]
+    """Metrics over the seeds."""
+    counts: dict[str, int]
+    """Videos (over all seeds) that each metric rests on."""
+    runs: tuple[Path, ...]
+    """Run folder of each seed, for clips."""
+    pools: dict[str, Pool] = field(default_factory=dict)
+    """Spread between seeds to use where it is larger than the row's own, by metric."""
+    blocks: int | None = None
+    """L."""
+
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        """Mean over seeds, with an interval over seeds and prompts."""
+        found = []
+        for name, scores in sorted(self.scores.items()):
+            bounds = (0.0, 1.0) if name.startswith("alignment") else (0.0, float("inf"))
+            value = estimate(scores, pool=self.pools.get(name), bounds=bounds)
+            found.append(
+                Metric(
+                    name=name, value=value.value, low=value.low, high=value.high, n=self.counts[name],
+                    completeness=1.0, metric_version="", weight_hashes={},
+                )
+            )  # fmt: skip
+        return found
+
+    def metric(self, name: str) -> Metric | None:
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+    @property
+    def flags(self) -> list[str]:
+        """What a reader must know first."""
+        lacking = self.planned_seeds - len(self.seeds)
+        flags = [f"{len(self.seeds)} of {self.planned_seeds} seeds"] if lacking > 0 else []
+        return flags + (["one seed"] if self.role == "student" and self.planned_seeds == 1 else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixClaim:
+    """A claim and the two rows that decide it."""
+
+    claim: str
+    source: str
+    metric: str
+    direction: Literal["higher", "lower", "same"]
+    margin: float | None
+    a: str
+    """Key of the row the claim is about."""
+    b: str
+    """Key of the row it is compared with."""
+    names: tuple[str, str]
+    """What the two rows are called, also where they are not there yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A claim with its verdict."""
+
+    claim: MatrixClaim
+    verdict: str
+    reason: str
+    """Why it is undecided, else empty."""
+    effect: Estimate | None
+    """Metric of a minus that of b."""
+    n: int
+    """Prompts that both rows were scored on."""
+    seeds: int
+    """Seeds of the row with fewer (a row that needs no training does not count)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The claim as report.json holds it."""
+        effect = self.effect
+        return {
+            "claim": self.claim.claim,
+            "source": self.claim.source,
+            "verdict": self.verdict,
+            "effect": effect and effect.value,
+            "low": effect and effect.low,
+            "high": effect and effect.high,
+            "n": self.n,
+            "seeds": self.seeds,
+            "metric": self.claim.metric,
+            "direction": self.claim.direction,
+            "margin": self.claim.margin,
+            "a": self.claim.names[0],
+            "b": self.claim.names[1],
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """The tuning of one method."""
+
+    method: str
+    rows: tuple[tuple[str, dict[str, float] | None, bool], ...]
+    """Settings, metrics (None: failed or not there) and whether they were chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """An iteration of a training against one forward pass of the teacher on as many pairs."""
+
+    name: str
+    seconds: float
+    measured: float
+    """As a multiple of the teacher's forward."""
+    counted: float
+    """What counting block forwards and twice the backwards predicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Everything a matrix report shows."""
+
+    title: str
+    command: str
+    experiment: dict[str, str]
+    """File and sha256 of the experiment."""
+    code_revision: str
+    device: str
+    packages: dict[str, str]
+    rows: tuple[MatrixRow, ...]
+    claims: tuple[MatrixClaim, ...]
+    budgets: tuple[str, ...]
+    """Labels, the default first."""
+    headline: str
+    """Metric of the figures."""
+    prompts: str
+    """How rows were scored, in words."""
+    tuning: str
+    """Protocol of the tuning in words."""
+    trials: tuple[Trials, ...]
+    steps: tuple[StepTime, ...]
+    missing: tuple[str, ...]
+    """What is not there, a sentence each."""
+    pooled: bool
+    """Whether the spread between seeds is taken from all rows together."""
+
+    @cached_property
+    def by_key(self) -> dict[str, MatrixRow]:
+        return {row.key: row for row in self.rows}
+
+    @cached_property
+    def pools(self) -> dict[str, Pool]:
+        """Spread between seeds by metric, where it is pooled."""
+        if not self.pooled:
+            return {}
+        names = {name for row in self.rows for name in row.scores}
+        found = {name: pooled([row.scores[name] for row in self.rows if name in row.scores]) for name in names}
+        return {name: pool for name, pool in found.items() if pool is not None}
+
+    @cached_property
+    def decisions(self) -> list[Decision]:
+        """Every claim with its verdict."""
+        return [self._decide(claim) for claim in self.claims]
+
+    def difference(self, row: MatrixRow, metric: str) -> Estimate | None:
+        """A row minus its baseline in a metric, None where there is no such pair."""
+        other = self.by_key.get(row.baseline or "")
+        if other is None or metric not in row.scores or metric not in other.scores:
+            return None
+        return difference(row.scores[metric], other.scores[metric], pool=self.pools.get(metric))
+
+    def _decide(self, claim: MatrixClaim) -> Decision:
+        a, b = self.by_key.get(claim.a), self.by_key.get(claim.b)
+        if a is None or b is None or claim.metric not in a.scores or claim.metric not in b.scores:
+            lacking = claim.names[0] if a is None or claim.metric not in a.scores else claim.names[1]
+            reason = f"{claim.metric} of {lacking} is not there"
+            return Decision(claim=claim, verdict="undecided", reason=reason, effect=None, n=0, seeds=0)
+        effect = difference(a.scores[claim.metric], b.scores[claim.metric], pool=self.pools.get(claim.metric))
+        found, reason = verdict(effect, claim.direction, claim.margin)
+        trained = [len(row.seeds) for row in (a, b) if row.role == "student"] or [len(a.seeds), len(b.seeds)]
+        n = min(_prompts(a, claim.metric), _prompts(b, claim.metric))
+        return Decision(claim=claim, verdict=found, reason=reason, effect=effect, n=n, seeds=min(trained))
+
+
+def _prompts(row: MatrixRow, metric: str) -> int:
+    table = row.scores[metric].prompts
+    return row.counts[metric] // max(len(row.seeds), 1) if table is None else table.shape[1]
+
+
+def report_json(matrix: Matrix) -> dict[str, Any]:
+    """The content of report.json, a contract: other programs and ``tmd-eval rerun`` read it."""
+    return {
+        "command": matrix.command,
+        "code_revision": matrix.code_revision,
+        "device": matrix.device,
+        "seeds": sorted({seed for row in matrix.rows for seed in row.seeds}),
+        "experiment": matrix.experiment,
+        "rows": [_row_json(row) for row in matrix.rows],
+        "claims": [decision.to_json() for decision in matrix.decisions],
+        "missing": list(matrix.missing),
+    }
+
+
+def _row_json(row: MatrixRow) -> dict[str, Any]:
+    fields = ("name", "role", "method", "m", "n", "h", "effective_nfe", "seconds_per_video")
+    more = ("section", "budget", "ablation", "forward_passes", "training_minutes", "compute", "student_updates")
+    return {
+        **{key: getattr(row, key) for key in (*fields, *more)},
+        "iterations": list(row.iterations),
+        "seeds": list(row.seeds),
+        "metrics": {
+            metric.name: {"value": metric.value, "low": metric.low, "high": metric.high, "n": metric.n}
+            for metric in row.metrics
+        },
+    }

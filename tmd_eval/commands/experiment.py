@@ -1,0 +1,120 @@
+"""``tmd-eval experiment``: a matrix of students, seeds and evaluations, from one YAML file to a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train, sample and score a matrix of students, and decide claims.\n\n"
+    "Start with: tmd-eval experiment run examples/micro_matrix_smoke.yaml",
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Experiment file; see examples/micro_matrix.yaml.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the run [default: the file's out].")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(
+    file: File,
+    out: Out = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes at once [default: one a GPU, or one a core, of one thread each].")
+    ] = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(help="Stop after so many minutes, with the state saved (exit 3).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many cells of the matrix.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Only measure steps, for estimates of time.")] = False,
+    keep_states: Annotated[
+        bool, typer.Option("--keep-states", help="Keep the states that finished trainings could be resumed from.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and how long it takes; write nothing.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Do what is missing of an experiment and write its report; running it again goes on where it stopped.
+
+    Example: tmd-eval experiment run examples/micro_matrix_smoke.yaml --out runs/smoke --budget-minutes 30
+    """
+    import json
+
+    from tmd_eval.experiment.run import Options, outcome_json
+    from tmd_eval.experiment.run import run as run_experiment
+
+    options = Options(
+        file=file, out=_folder(file, out), workers=workers, budget_minutes=budget_minutes, limit=limit,
+        measure=measure, keep_states=keep_states,
+    )  # fmt: skip
+    if dry_run:
+        from tmd_eval.experiment.dry import dry_run as describe
+
+        plan = describe(options)
+        typer.echo(json.dumps(plan) if json_ else plan["text"])
+        return
+    outcome = run_experiment(options)
+    if json_:
+        typer.echo(outcome_json(outcome, options.out))
+        return
+    typer.echo(f"{outcome.made} jobs done now, {len(outcome.plan.jobs) - outcome.made} there before")
+    if outcome.report is not None:
+        typer.echo(f"Report: {outcome.report}")
+
+
+@app.command()
+def status(file: File, out: Out = None, json_: Json = False) -> None:
+    """Show where an experiment stands: cells done, running, failed (with their logs), and the time left.
+
+    Example: tmd-eval experiment status examples/micro_matrix_smoke.yaml --out runs/smoke
+    """
+    import json
+
+    from tmd_eval.experiment.jobs import load_plan
+    from tmd_eval.experiment.table import summary, text
+
+    folder = _folder(file, out)
+    found = summary(folder, load_plan(folder))
+    typer.echo(json.dumps(found) if json_ else text(found))
+
+
+@app.command()
+def report(
+    file: File,
+    out: Out = None,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Report folder [default: report/ in --out].")] = None,
+    json_: Json = False,
+) -> None:
+    """Write the report of what is done so far.
+
+    Example: tmd-eval experiment report examples/micro_matrix.yaml --out runs/micro-matrix --to reports/micro-matrix
+    """
+    import json
+
+    from tmd_eval.experiment.run import Options, write_report
+
+    page = write_report(Options(file=file, out=_folder(file, out)), to)
+    content = json.loads((page.parent / "report.json").read_text(encoding="utf-8"))
+    if json_:
+        typer.echo(json.dumps({"report": str(page), "claims": content["claims"], "missing": content["missing"]}))
+        return
+    for claim in content["claims"]:
+        typer.echo(f"{claim['verdict']:<14} {claim['claim']}")
+    typer.echo(f"Report: {page}")
+
+
+def _folder(file: Path, out: Path | None) -> Path:
+    """--out, or the file's own."""
+    if out is not None:
+        return out
+    from students.errors import ConfigError
+    from tmd_eval.experiment.lines import load
+
+    named = load(file).tree.get("out")
+    if not isinstance(named, str) or not named:
+        raise ConfigError(f"{file} names no folder in `out`; give --out DIR.")
+    return Path(named)

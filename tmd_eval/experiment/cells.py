@@ -1,0 +1,365 @@
+"""From the experiment file to cells: what each one trains, stage by stage, and how it is sampled; pure but for presets.
+
+A *row* is a line of the report's tables; its *cells* differ in the seed only. Everything a cell depends on goes into
+its key and into the keys of its trainings, so equal trainings are one job, whichever cells need them, and a changed
+setting never meets an old result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from students.errors import ConfigError
+from tmd_eval.experiment.lines import Source
+from tmd_eval.experiment.schema import BASE, Ablation, Block, Changes, Experiment, Method, Section, Selector, Stage
+
+if TYPE_CHECKING:
+    from students.config import TrainConfig
+
+TEACHER_STEPS = 50
+SEED_STRIDE = 1000
+"""Distance of the base seeds of two cells' videos; at most so many videos a prompt."""
+FREE = ("out", "parent", "save_every", "keep", "log_every", "device", "data.cache")
+"""Settings that do not change what a training makes; the parent is represented by its key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What cells of one row share."""
+
+    method: str
+    """A method's name, or ``BASE``."""
+    m: int
+    """M."""
+    n: int | None = None
+    """N."""
+    h: int | None = None
+    """H."""
+    ablation: str | None = None
+    """An ablation's name."""
+    budget: str | None = None
+    """A budget's name; None for the base model."""
+    guidance: float | None = None
+    """CFG scale of the base model, None for its own."""
+    trial: int | None = None
+    """Number of the trial of the tuning, from 0; None in the matrix."""
+
+    @property
+    def slug(self) -> str:
+        """A name for folders."""
+        parts = [self.method, f"m{self.m}"]
+        parts += [f"n{self.n}"] if self.n is not None else []
+        parts += [f"h{self.h}"] if self.h is not None else []
+        parts += [f"cfg{self.guidance:g}"] if self.guidance is not None else []
+        parts += [part for part in (self.ablation, self.budget) if part]
+        parts += [f"trial{self.trial}"] if self.trial is not None else []
+        return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")[:80]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One stage of one cell."""
+
+    stage: str
+    """Name of the stage."""
+    preset: str
+    """Its preset; trainings of one preset share their measured step."""
+    config: TrainConfig
+    """Resolved settings; out and parent are filled in when it runs."""
+    parent: str | None
+    """Key of the training it starts from."""
+    key: str
+    """SHA-256 of all that decides its weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One student (or the base model) to be trained, sampled and scored."""
+
+    row: Row
+    seed: int
+    """Of the training."""
+    trainings: tuple[Training, ...]
+    """First to last; none for the base model."""
+    settings: dict[str, Any]
+    """What :class:`tmd_eval.generate.Settings` gets."""
+    prompts: int
+    """Captions to load."""
+    key: str
+    """SHA-256 of all that decides its videos."""
+    section: str
+    """Where the report shows it."""
+    line: int
+    """Of the experiment file."""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder; cells that two budgets make equal share it."""
+        return f"{replace(self.row, budget=None).slug}-s{self.seed}-{self.key[:12]}"
+
+    @property
+    def videos(self) -> int:
+        """Videos to make."""
+        lines = self.settings.get("lines")
+        return (self.prompts if lines is None else len(lines)) * int(self.settings["samples_per_prompt"])
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class Resolver:
+    """Makes cells; mistakes that only resolved settings show are noted in the source, with their line."""
+
+    def __init__(self, experiment: Experiment, source: Source, *, blocks: int, base_hash: str):
+        """Take the file and two facts of the base model.
+
+        Args:
+            experiment: the file's content.
+            source: the file, for line numbers.
+            blocks: L of the base model.
+            base_hash: hash of its weights.
+        """
+        self.experiment, self.source, self.blocks, self.base_hash = experiment, source, blocks, base_hash
+        self._configs: dict[str, TrainConfig] = {}
+        self._data: dict[str, Any] | None = None
+
+    def trials(self) -> list[Cell]:
+        """The cells of the tuning."""
+        tuning, cells = self.experiment.tuning, []
+        for name, trials in (tuning.trials if tuning else {}).items():
+            assert tuning is not None
+            method = self.experiment.methods[name]
+            for number, changes in enumerate(trials):
+                row = Row(
+                    method=name,
+                    m=tuning.m,
+                    n=tuning.n if "n" in method.axes else None,
+                    h=tuning.h if "h" in method.axes else None,
+                    budget=tuning.budget or self.experiment.first_budget,
+                    trial=number,
+                )
+                first = self.experiment.evaluation.num_prompts
+                lines = tuple(range(first, first + tuning.num_prompts))  # captions that no cell is scored on
+                cells += self._cell(
+                    row, tuning.seed, changes, "Tuning", changes.line,
+                    prompts=first + tuning.num_prompts, lines=lines, samples=tuning.samples_per_prompt,
+                )  # fmt: skip
+        return cells
+
+    def matrix(self, tuned: Mapping[str, Changes]) -> list[Cell]:
+        """The cells of the matrix, in the order of the file; the base model first.
+
+        Args:
+            tuned: chosen settings by method.
+        """
+        cells = list(self._untrained())
+        for section in self.experiment.sections:
+            for row, line in rows_of(self.experiment, section):
+                for seed in section.seeds:
+                    cells += self._cell(row, seed, tuned.get(row.method, Changes()), section.name, line)
+        unique: dict[tuple[Row, int], Cell] = {}
+        for cell in cells:
+            unique.setdefault((cell.row, cell.seed), cell)
+        return list(unique.values())
+
+    def _untrained(self) -> Iterator[Cell]:
+        section = self.experiment.sections[0]
+        for part in self.experiment.untrained:
+            for m in part.m:
+                seeds = section.seeds[:1] if m >= TEACHER_STEPS else section.seeds
+                for seed in seeds:
+                    row = Row(method=BASE, m=m, guidance=part.guidance)
+                    samples = part.samples_per_prompt or self.experiment.evaluation.samples_per_prompt
+                    yield self._evaluated(row, seed, (), section.name, part.line, samples=samples)
+
+    def _cell(
+        self, row: Row, seed: int, changes: Changes, section: str, line: int, *,
+        prompts: int | None = None, lines: tuple[int, ...] | None = None, samples: int | None = None,
+    ) -> list[Cell]:  # fmt: skip
+        """The cell, or none where a mistake was noted."""
+        try:
+            trainings = self._trainings(row, seed, changes, line)
+        except ConfigError as error:
+            self.source.wrong(line, str(error).removeprefix("--set: "))
+            return []
+        return [self._evaluated(row, seed, trainings, section, line, prompts=prompts, lines=lines, samples=samples)]
+
+    def _evaluated(
+        self, row: Row, seed: int, trainings: tuple[Training, ...], section: str, line: int, *,
+        prompts: int | None = None, lines: tuple[int, ...] | None = None, samples: int | None = None,
+    ) -> Cell:  # fmt: skip
+        evaluation = self.experiment.evaluation
+        ablation = self.experiment.ablations.get(row.ablation or "")
+        settings = {
+            "samples_per_prompt": samples or evaluation.samples_per_prompt,
+            "seed": SEED_STRIDE * seed,
+            "lines": None if lines is None else list(lines),
+            "m": row.m if row.method == BASE else None,
+            "n": ablation.sample.get("n") if ablation else None,
+            "guidance": row.guidance,
+            "batch_size": evaluation.batch_size,
+        }
+        prompts = prompts or evaluation.num_prompts
+        model = trainings[-1].key if trainings else self.base_hash
+        decisive = {key: value for key, value in settings.items() if key != "batch_size"}
+        key = digest([model, evaluation.prompts, prompts, decisive])
+        return Cell(
+            row=row, seed=seed, trainings=trainings, settings=settings, prompts=prompts, key=key, section=section,
+            line=line,
+        )  # fmt: skip
+
+    def _trainings(self, row: Row, seed: int, changes: Changes, line: int) -> tuple[Training, ...]:
+        from tmd_eval.experiment.budget import iterations_with_updates, iterations_within
+
+        experiment = self.experiment
+        made = self._chain(row, seed, changes, line)
+        budget = experiment.budgets[row.budget or experiment.first_budget]
+        last = made[-1].config
+        if budget.student_updates is not None:
+            last = replace(last, iterations=iterations_with_updates(last, budget.student_updates))
+        elif budget.like is not None:
+            like = budget.like
+            reference = Row(method=like.method, m=row.m, n=like.n, h=like.h, budget=budget.of)
+            tuned = changes if like.method == row.method else Changes()
+            allowed = sum(t.config.cost(self.blocks).total for t in self._trainings(reference, seed, tuned, like.line))
+            before = sum(training.config.cost(self.blocks).total for training in made[:-1])
+            last = replace(last, iterations=iterations_within(last, allowed - before, self.blocks))
+        parent = made[-2].key if len(made) > 1 else None
+        return (*made[:-1], self._training(made[-1].stage, made[-1].preset, last, parent))
+
+    def _chain(self, row: Row, seed: int, changes: Changes, line: int) -> list[Training]:
+        """The trainings with the iterations of their presets."""
+        method = self.experiment.methods[row.method]
+        ablation = self.experiment.ablations.get(row.ablation or "")
+        stages = stages_of(method, row, ablation)
+        if not stages:
+            raise ConfigError(f"{row.method} at M = {row.m} has no stage left.")
+        made: list[Training] = []
+        for stage in stages:
+            explicit = {**stage.set, **_changed(changes, stage), **(_changed(ablation, stage) if ablation else {})}
+            axes = method.axes if stage.axes is None else stage.axes
+            flags = {"base": self.experiment.base, "seed": seed, "out": "-", **stage.set}
+            flags |= {setting: getattr(row, axis) for axis, setting in axes.items()}
+            flags |= explicit
+            if made:
+                flags["parent"] = "-"
+            config = self._config(stage, flags)
+            config.check_base(self.blocks)
+            self._check_stage(stage, config, made, explicit)
+            if ablation is None:
+                self._check_data(stage, config)
+            made.append(self._training(stage.name, stage.preset, config, made[-1].key if made else None))
+        return made
+
+    def _check_stage(self, stage: Stage, config: TrainConfig, made: list[Training], explicit: dict[str, Any]) -> None:
+        kinds = config.kind.parents
+        if not made and "parent" not in explicit and (config.parent is not None or kinds):
+            needs = f" by {' or '.join(kinds)}" if kinds else ""
+            raise ConfigError(
+                f"stage {stage.name} ({stage.preset}) starts from a student trained{needs}, but no stage comes "
+                "before it; add that stage, or give its parent in set."
+            )
+        if made and kinds is not None and made[-1].config.kind.label not in kinds:
+            raise ConfigError(
+                f"stage {stage.name} ({config.method_name}) goes on from {' or '.join(kinds)}, "
+                f"not from {made[-1].config.kind.label} of stage {made[-1].stage}."
+            )
+
+    def _check_data(self, stage: Stage, config: TrainConfig) -> None:
+        from students.settings import to_tree
+
+        data = to_tree(config.data)
+        self._data = data if self._data is None else self._data
+        if data != self._data:
+            raise ConfigError(f"stage {stage.name} ({stage.preset}) has other data than the methods before it.")
+
+    def _config(self, stage: Stage, flags: Mapping[str, Any]) -> TrainConfig:
+        from students.config import load_config
+
+        texts = [f"{name}={json.dumps(value)}" for name, value in flags.items()]
+        key = json.dumps([stage.preset, texts])
+        if key not in self._configs:
+            self._configs[key] = load_config(self._preset(stage), texts, environ={})
+        return self._configs[key]
+
+    def _preset(self, stage: Stage) -> Path:
+        beside = self.source.path.parent / stage.preset
+        shipped = Path(str(resources.files("tmd_eval") / "presets" / stage.preset))
+        found = next((path for path in (beside, shipped) if path.is_file()), None)
+        if found is None:
+            raise ConfigError(f"stage {stage.name} names the preset {stage.preset}, which does not exist.")
+        return found
+
+    def _training(self, stage: str, preset: str, config: TrainConfig, parent: str | None) -> Training:
+        from students.settings import flatten
+        from students.weights import file_hash
+
+        settings = {key: value for key, value in flatten(config.tree()).items() if key not in FREE}
+        if parent is None and config.parent is not None:  # a checkpoint from outside the experiment
+            record = Path(config.parent) / "student.json"
+            if not record.is_file():
+                raise ConfigError(f"stage {stage} has the parent {config.parent}, which holds no student.json.")
+            outside = file_hash(record)
+        else:
+            outside = None
+        key = digest([settings, parent or outside, self.base_hash])
+        return Training(stage=stage, preset=preset, config=config, parent=parent, key=key)
+
+
+def stages_of(method: Method, row: Row, ablation: Ablation | None) -> list[Stage]:
+    """The stages that a row trains."""
+    drop, add = (ablation.drop, ablation.add) if ablation else ((), ())
+    return [
+        stage
+        for stage in method.stages
+        if stage.name not in drop and (stage.m is None or row.m in stage.m or stage.name in add)
+    ]
+
+
+def rows_of(experiment: Experiment, section: Section) -> Iterator[tuple[Row, int]]:
+    """The rows of a section, each with the line that asks for it."""
+    for block in section.cells:
+        for budget in section.budgets or (experiment.first_budget,):
+            for ablation in block.ablations:
+                for row in _block_rows(block, experiment.methods):
+                    yield replace(row, ablation=ablation, budget=budget), block.line
+
+
+def _block_rows(block: Block, methods: Mapping[str, Method]) -> Iterator[Row]:
+    for method in block.methods:
+        for m in block.m:
+            for n in block.n or (None,):
+                for h in block.h or (None,):
+                    axes = methods[method].axes
+                    yield Row(method=method, m=m, n=n if "n" in axes else None, h=h if "h" in axes else None)
+
+
+def find(selector: Selector, rows: Mapping[Row, Any], experiment: Experiment) -> Row:
+    """The one row that a claim names.
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    budget = None if selector.method == BASE else selector.budget or experiment.first_budget
+    wanted = {"method": selector.method, "m": selector.m, "ablation": selector.ablation, "budget": budget}
+    wanted |= {axis: getattr(selector, axis) for axis in ("n", "h") if getattr(selector, axis) is not None}
+    found = [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+    shown = ", ".join(f"{name}: {value}" for name, value in wanted.items() if value is not None)
+    if not found:
+        raise ConfigError(f"no cell of the matrix is {{{shown}}}.")
+    if len(found) > 1:
+        raise ConfigError(f"{{{shown}}} fits {len(found)} rows ({', '.join(row.slug for row in found[:4])}); say more.")
+    return found[0]
+
+
+def _changed(changes: Changes, stage: Stage) -> dict[str, Any]:
+    return {**changes.set, **changes.stages.get(stage.name, {})}

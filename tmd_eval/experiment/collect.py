@@ -1,0 +1,266 @@
+"""From a run's folder to the content of its report."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from leaderboard.effects import Scores
+from leaderboard.matrix import Matrix, MatrixClaim, MatrixRow, StepTime, Trials
+from students.errors import ConfigError
+from tmd_eval.experiment import jobs as store
+from tmd_eval.experiment.budget import student_updates
+from tmd_eval.experiment.cells import Cell, Row, find
+from tmd_eval.experiment.jobs import Job, Plan
+from tmd_eval.experiment.names import budget_name, role, row_name
+from tmd_eval.experiment.plan import Loaded, training_name
+from tmd_eval.experiment.schema import BASE, Changes
+from tmd_eval.experiment.tuning import read_trials
+from tmd_eval.provenance import package_versions
+
+
+def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
+    """Read every finished cell of a run.
+
+    Args:
+        loaded: the experiment.
+        plan: its plan; only the cells in it are reported.
+        out: folder of the run.
+        command: command line that makes the report again.
+    """
+    experiment = loaded.experiment
+    planned = {cell.name: cell for cell in plan.cells if not plan.waits(cell)}
+    cells = [cell for cell in loaded.cells if cell.name in planned]
+    ends = {name: plan.jobs[cell.jobs[-1]] for name, cell in planned.items()}
+    finished = [cell for cell in cells if store.done(out, ends[cell.name])]
+    groups: dict[Row, list[Cell]] = {}
+    for cell in finished:
+        groups.setdefault(cell.row, []).append(cell)
+    asked: dict[Row, int] = {}
+    for cell in cells:
+        asked[cell.row] = asked.get(cell.row, 0) + 1
+    rows = tuple(_row(loaded, out, group, asked[row]) for row, group in groups.items())
+    configs = [_yaml(run / "config.yaml") for row in rows for run in row.runs]
+    matrix = Matrix(
+        title=experiment.title,
+        command=command,
+        experiment={"file": str(loaded.source.path), "sha256": store.file_mark(loaded.source.path)},
+        code_revision=", ".join(sorted({str(config.get("code_revision")) for config in configs})),
+        device=", ".join(sorted({str(config.get("device")) for config in configs})),
+        packages=package_versions(),
+        rows=rows,
+        claims=_claims(loaded),
+        budgets=tuple(budget_name(experiment, name) for name in experiment.budgets),
+        headline=experiment.evaluation.metric,
+        prompts=_prompts(loaded),
+        tuning=_protocol(loaded),
+        trials=_trials(loaded, out),
+        steps=_steps(out, plan),
+        missing=tuple(_missing(plan, out, planned.values(), {cell.name for cell in finished})),
+        pooled=experiment.pool_seeds,
+    )
+    return replace(matrix, rows=tuple(replace(row, pools=matrix.pools) for row in rows))
+
+
+def write(matrix: Matrix, folder: Path) -> Path:
+    """Write the report folder; the path of its index.html."""
+    from leaderboard.matrix_report import build_matrix_report
+
+    return build_matrix_report(matrix, folder)
+
+
+def key_of(row: Row) -> str:
+    """A row's name within the matrix."""
+    return row.slug
+
+
+def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int) -> MatrixRow:
+    experiment, row = loaded.experiment, cells[0].row
+    runs = tuple(out / "cells" / cell.name for cell in cells)
+    checkpoint = _yaml(runs[0] / "config.yaml").get("checkpoint", {})
+    summaries = [store.read_json(run / "scores" / "summary.json") or {} for run in runs]
+    names = set.intersection(*(set(summary) for summary in summaries))
+    trained = row.method != BASE
+    seconds = [row["seconds"] for run in runs for row in _lines(run / "manifest.jsonl") if row.get("seconds")]
+    trainings = cells[0].trainings
+    label = experiment.ablations[row.ablation].label if row.ablation else None
+    return MatrixRow(
+        key=key_of(row),
+        name=row_name(experiment, row, budget=False),
+        section=cells[0].section,
+        budget=None if row.budget is None else budget_name(experiment, row.budget),
+        role=role(row),
+        method=str(checkpoint.get("method")),
+        m=row.m,
+        n=checkpoint.get("n"),
+        h=checkpoint.get("h"),
+        ablation=label,
+        baseline=key_of(replace(row, ablation=None)) if row.ablation else None,
+        effective_nfe=checkpoint.get("effective_nfe"),
+        forward_passes=checkpoint.get("forward_passes"),
+        seconds_per_video=statistics.median(seconds) if seconds else None,
+        training_minutes=_minutes(out, cells) if trained else None,
+        compute=sum(t.config.cost(loaded.base.blocks).total for t in trainings) / loaded.base.blocks
+        if trained
+        else None,
+        student_updates=student_updates(trainings[-1].config) if trained else None,
+        iterations=tuple(training.config.iterations for training in trainings),
+        seeds=tuple(cell.seed for cell in cells),
+        planned_seeds=planned,
+        videos=sum(cell.videos for cell in cells),
+        scores={name: _scores(name, runs, summaries, trained) for name in names},
+        counts={name: sum(int(summary[name]["n"]) for summary in summaries) for name in names},
+        runs=runs,
+        blocks=loaded.base.blocks,
+    )
+
+
+def _scores(name: str, runs: Sequence[Path], summaries: Sequence[dict[str, Any]], trained: bool) -> Scores:
+    entries = [summary[name] for summary in summaries]
+    return Scores(
+        values=np.array([entry["value"] for entry in entries]),
+        ranges=np.array([[entry["low"], entry["high"]] for entry in entries]),
+        prompts=_prompt_table(name, runs),
+        trained=trained,
+    )
+
+
+def _prompt_table(name: str, runs: Sequence[Path]) -> np.ndarray | None:
+    """Means over the videos of each prompt, (S, P), prompts in alphabetical order; None for metrics of a whole set."""
+    tables = []
+    for run in runs:
+        path = run / "scores" / f"{name}.jsonl"
+        if not path.is_file():
+            return None
+        values: dict[str, list[float]] = {}
+        for row in _lines(path):
+            values.setdefault(str(row["extra"]["prompt"]), []).append(float(row["value"]))
+        tables.append({prompt: float(np.mean(found)) for prompt, found in values.items()})
+    prompts = sorted(tables[0])
+    if any(sorted(table) != prompts for table in tables):
+        return None
+    return np.array([[table[prompt] for prompt in prompts] for table in tables])
+
+
+def _minutes(out: Path, cells: Sequence[Cell]) -> float | None:
+    """Training of all stages, a mean over seeds; every row counts the stages it shares in full."""
+    totals = []
+    for cell in cells:
+        seconds = 0.0
+        for training in cell.trainings:
+            record = store.read_json(out / "train" / training_name(training) / "checkpoint" / "student.json")
+            if record is None:
+                return None
+            seconds += float(record["training"].get("seconds", 0.0))
+        totals.append(seconds / 60)
+    return statistics.mean(totals)
+
+
+def _claims(loaded: Loaded) -> tuple[MatrixClaim, ...]:
+    experiment = loaded.experiment
+    rows = dict.fromkeys(cell.row for cell in loaded.cells)
+    found = []
+    for claim in experiment.claims:
+        try:
+            a, b = find(claim.a, rows, experiment), find(claim.b, rows, experiment)
+        except ConfigError:  # checked before anything ran; here only where cells were limited
+            continue
+        found.append(
+            MatrixClaim(
+                claim=claim.claim, source=claim.source, metric=claim.metric, direction=claim.direction,
+                margin=claim.margin, a=key_of(a), b=key_of(b),
+                names=(row_name(experiment, a), row_name(experiment, b)),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _prompts(loaded: Loaded) -> str:
+    evaluation = loaded.experiment.evaluation
+    return (
+        f"{evaluation.num_prompts} held-out prompts ({evaluation.prompts}), {evaluation.samples_per_prompt} "
+        f"video{'s' if evaluation.samples_per_prompt != 1 else ''} each, for every seed"
+    )
+
+
+def _protocol(loaded: Loaded) -> str:
+    tuning = loaded.experiment.tuning
+    if tuning is None:
+        return "Nothing was tuned: every method has the settings of its preset."
+    count = len(next(iter(tuning.trials.values())))
+    return (
+        f"Every method got {count} trials at M = {tuning.m}, one training each with seed {tuning.seed}, scored on "
+        f"{tuning.num_prompts} held-out prompts that no row of the tables is scored on. The best mean rank in "
+        f"{' and '.join(tuning.metrics)} was chosen and used for all M, N, H, seeds and budgets of the method."
+    )
+
+
+def _trials(loaded: Loaded, out: Path) -> tuple[Trials, ...]:
+    tuning = loaded.experiment.tuning
+    if tuning is None:
+        return ()
+    found, done = [], read_trials(out, loaded.trials)
+    for method, options in tuning.trials.items():
+        own = {trial.cell.row.trial: trial for trial in done if trial.cell.row.method == method}
+        rows = []
+        for number, changes in enumerate(options):
+            trial = own.get(number)
+            rows.append((_settings(changes), trial.metrics if trial else None, loaded.tuned.get(method) is changes))
+        found.append(Trials(method=loaded.experiment.methods[method].label, rows=tuple(rows)))
+    return tuple(found)
+
+
+def _settings(changes: Changes) -> str:
+    parts = [f"{name} = {value}" for name, value in changes.set.items()]
+    for stage, settings in changes.stages.items():
+        parts += [f"{stage}: {name} = {value}" for name, value in settings.items()]
+    return "; ".join(parts) or "as the preset"
+
+
+def _steps(out: Path, plan: Plan) -> tuple[StepTime, ...]:
+    found = []
+    for job in plan.jobs.values():
+        measured = store.read_json(store.folder(out, job)) if _is_step(job) else None
+        if measured is not None:
+            forward = measured["forward_seconds"]
+            found.append(
+                StepTime(
+                    name=Path(measured["preset"]).stem,
+                    seconds=measured["seconds_per_iteration"],
+                    measured=measured["seconds_per_iteration"] / forward,
+                    counted=measured["compute_per_iteration"] / measured["batch"],
+                )
+            )
+    return tuple(found)
+
+
+def _is_step(job: Job) -> bool:
+    return job.kind == "measure" and job.spec["what"] == "training"
+
+
+def _missing(
+    plan: Plan, out: Path, planned: Iterable[store.PlannedCell], finished: set[str]
+) -> Iterable[str]:  # fmt: skip
+    if plan.waiting:
+        yield f"The cells of {', '.join(plan.waiting)} wait for the tuning."
+    for cell in planned:
+        if cell.row["trial"] is not None or cell.name in finished:
+            continue
+        reasons = [f"{key}: {why}" for key in cell.jobs if (why := store.failure(out, plan.jobs[key])) is not None]
+        yield f"{cell.name} is not there" + (f"; {reasons[0]}" if reasons else ".")
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

@@ -1,0 +1,178 @@
+"""YAML with line numbers, read into frozen dataclasses; every mistake of a file is told at once, each with its line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from students.errors import ConfigError
+from students.settings import coerce, flatten
+
+T = TypeVar("T")
+Place = tuple[str | int, ...]
+"""Keys and list positions that lead to a value."""
+
+
+@dataclass(kw_only=True)
+class Source:
+    """A YAML file with the line of every value, and the mistakes found in it so far."""
+
+    path: Path
+    """The file."""
+    tree: Any = None
+    """Its content as plain values."""
+    lines: dict[Place, int] = field(default_factory=dict)
+    """Line of every key and list item, from 1."""
+    problems: set[tuple[int, str]] = field(default_factory=set)
+    """(line, what is wrong)."""
+
+    def line(self, place: Place) -> int:
+        """The line of a value, or of the nearest thing around it."""
+        while place and place not in self.lines:
+            place = place[:-1]
+        return self.lines.get(place, 1)
+
+    def wrong(self, line: int, text: str) -> None:
+        """Note a mistake."""
+        self.problems.add((line, text))
+
+    def check(self) -> None:
+        """Stop if there were mistakes.
+
+        Raises:
+            ConfigError: one line for each, in the order of the file.
+        """
+        if self.problems:
+            raise ConfigError("\n".join(f"{self.path}:{line}: {text}" for line, text in sorted(self.problems)))
+
+
+def load(path: Path) -> Source:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: it is missing, no YAML, or no mapping.
+    """
+    source = Source(path=path)
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no experiment file {path}; see examples/micro_matrix.yaml.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    try:
+        root = loader.get_single_node()
+        source.tree = None if root is None else _plain(source, loader, root, ())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    finally:
+        loader.dispose()
+    if not isinstance(source.tree, dict):
+        raise ConfigError(f"{path} must hold `name: value` lines; see examples/micro_matrix.yaml.")
+    return source
+
+
+def _plain(source: Source, loader: yaml.SafeLoader, node: yaml.Node, place: Place) -> Any:
+    source.lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        loader.flatten_mapping(node)  # merge keys
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node, deep=True))
+            line = key_node.start_mark.line + 1
+            if key in values:
+                source.wrong(line, f"{key} is given twice; keep one.")
+            source.lines[(*place, key)] = line
+            values[key] = _plain(source, loader, value_node, (*place, key))
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(source, loader, item, (*place, i)) for i, item in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def read(cls: type[T], source: Source, value: Any = None, place: Place = ()) -> T | None:
+    """The dataclass that a part of the file describes; mistakes go to the source, and then the result may be None.
+
+    A field called ``line`` gets the line of the part. A tuple field also takes a single value. A field of type
+    ``dict[str, Any]`` takes free settings, which are flattened to dotted names.
+
+    Args:
+        cls: frozen dataclass.
+        source: the file.
+        value: the part; by default all of it.
+        place: where the part stands.
+    """
+    value = source.tree if not place else value
+    line = source.line(place)
+    if not isinstance(value, Mapping):
+        source.wrong(line, f"{_name(place)} must hold `name: value` pairs, not {value!r}.")
+        return None
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.name != "line"}
+    hints = get_type_hints(cls)
+    before = len(source.problems)
+    for key in value:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}."
+            source.wrong(source.line((*place, key)), f"unknown key {_name((*place, key))}; {hint}")
+    parts: dict[str, Any] = {}
+    for name, f in fields.items():
+        if name in value:
+            parts[name] = _value(source, value[name], hints[name], (*place, name))
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            source.wrong(line, f"{_name((*place, name))} is missing.")
+    if len(source.problems) > before:
+        return None
+    if "line" in hints:
+        parts["line"] = line
+    try:
+        return cls(**parts)
+    except ConfigError as error:
+        source.wrong(line, str(error))
+        return None
+
+
+def _value(source: Source, value: Any, hint: Any, place: Place) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (a for a in arguments if a is not type(None))
+        return _value(source, value, hint, place)
+    if dataclasses.is_dataclass(hint):
+        return read(cast(Any, hint), source, value, place)
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_value(source, item, arguments[0], (*place, i)) for i, item in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            source.wrong(source.line(place), f"{_name(place)} must hold `name: value` pairs, not {value!r}.")
+            return {}
+        if arguments[1] is Any:
+            return flatten(value)
+        return {key: _value(source, item, arguments[1], (*place, key)) for key, item in value.items()}
+    try:
+        return coerce(value, hint, _name(place), "")
+    except ConfigError as error:
+        source.wrong(source.line(place), str(error).removeprefix(": "))
+        return None
+
+
+def _name(place: Place) -> str:
+    """A place as people write it.
+
+    >>> _name(("cells", 0, "m"))
+    'cells[0].m'
+    """
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "the file"

@@ -1,0 +1,171 @@
+"""From cells to jobs: measure, train, generate, score, in the order of the file and as far as the tuning is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from students.errors import ConfigError
+from tmd_eval.experiment import jobs as store
+from tmd_eval.experiment.cells import Cell, Resolver, Training, digest, find
+from tmd_eval.experiment.estimate import Estimator
+from tmd_eval.experiment.jobs import Job, Plan, PlannedCell
+from tmd_eval.experiment.lines import Source
+from tmd_eval.experiment.schema import Changes, Experiment, load_experiment
+from tmd_eval.experiment.tuning import choose, read_trials
+from tmd_eval.files import write_json
+
+if TYPE_CHECKING:
+    from students.base import Base
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """An experiment with everything resolved that can be."""
+
+    experiment: Experiment
+    source: Source
+    base: Base
+    trials: list[Cell]
+    """Cells of the tuning."""
+    cells: list[Cell]
+    """Cells of the matrix; those of waiting methods as they would be with the first trial's settings."""
+    tuned: dict[str, Changes]
+    """Chosen settings by method; empty without a tuning."""
+    waiting: tuple[str, ...]
+    """Methods whose tuning is not decided."""
+
+
+def load(path: Path, out: Path) -> Loaded:
+    """Read and check an experiment, all of it, before anything runs.
+
+    Args:
+        path: the YAML file.
+        out: folder of the run; its finished trials decide the settings of the matrix.
+
+    Raises:
+        ConfigError: every mistake of the file at once, each with its line.
+        EnvironmentMissingError: the base model's weights are not here.
+    """
+    from students.base import load_base
+    from tmd_eval.prompts import load_prompts
+
+    experiment, source = load_experiment(path)
+    base = load_base(experiment.base)
+    resolver = Resolver(experiment, source, blocks=base.blocks, base_hash=base.hash)
+    trials = resolver.trials()
+    chosen = choose(experiment.tuning, read_trials(out, trials)) if experiment.tuning else {}
+    first = {name: options[0] for name, options in (experiment.tuning.trials if experiment.tuning else {}).items()}
+    cells = resolver.matrix(first | chosen)
+    rows = dict.fromkeys(cell.row for cell in cells)
+    if not source.problems:  # a row that could not be resolved would be missed by the claims, too
+        for claim in experiment.claims:
+            for selector in (claim.a, claim.b):
+                try:
+                    find(selector, rows, experiment)
+                except ConfigError as error:
+                    source.wrong(selector.line, str(error))
+    most = max((cell.prompts for cell in (*trials, *cells)), default=0)
+    there = len(load_prompts(experiment.evaluation.prompts, count=None).prompts)
+    if experiment.evaluation.prompts != "micro" and most > there:
+        source.wrong(source.line(("evaluation",)), f"{most} prompts are needed, but there are {there}.")
+    source.check()
+    return Loaded(
+        experiment=experiment, source=source, base=base, trials=trials, cells=cells,
+        tuned=chosen, waiting=tuple(name for name in first if name not in chosen),
+    )  # fmt: skip
+
+
+def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None) -> Plan:
+    """The jobs of an experiment.
+
+    Args:
+        loaded: the experiment.
+        out: folder of the run, which holds the measured steps.
+        limit: only so many cells of the matrix, in the order of the file.
+    """
+    matrix = loaded.cells[:limit]
+    needed = {cell.row.method for cell in matrix}
+    trials = [cell for cell in loaded.trials if cell.row.method in needed]
+    estimator = Estimator(out, loaded.base, [*trials, *matrix])
+    jobs: dict[str, Job] = {job.id: job for job in estimator.jobs()}
+    cells = []
+    for cell in (*trials, *matrix):
+        own = [*_training_jobs(cell, loaded), *_cell_jobs(cell, loaded)]
+        for job in own:
+            jobs.setdefault(job.id, replace(job, seconds=estimator.seconds(job)))
+        ids = tuple(job.id for job in own)
+        cells.append(PlannedCell(name=cell.name, section=cell.section, row=asdict(cell.row), seed=cell.seed, jobs=ids))
+    return Plan(
+        file=str(loaded.source.path), title=loaded.experiment.title, cells=tuple(cells), jobs=jobs,
+        waiting=loaded.waiting,
+    )  # fmt: skip
+
+
+def training_name(training: Training) -> str:
+    """Folder of a training; the same for all cells that need it."""
+    config = training.config
+    parts = [Path(training.preset).stem, f"m{config.method.m}", f"s{config.seed}", training.key[:12]]
+    return "-".join(parts)
+
+
+def _training_jobs(cell: Cell, loaded: Loaded) -> list[Job]:
+    made: list[Job] = []
+    for training in cell.trainings:
+        tree = training.config.tree()
+        blocks = loaded.base.blocks
+        spec = {
+            "config": tree,
+            "parent": f"train/{made[-1].name}/checkpoint" if made else None,
+            "preset": training.preset,
+            "compute": training.config.cost(blocks).total / blocks,
+        }
+        after = (made[-1].id,) if made else ()
+        made.append(Job(kind="train", name=training_name(training), spec=spec, after=after))
+    return made
+
+
+def _cell_jobs(cell: Cell, loaded: Loaded) -> tuple[Job, Job]:
+    from tmd_eval.micro_diversity import METRIC_VERSION as DIVERSITY_VERSION
+    from tmd_eval.micro_fidelity import METRIC_VERSION as FRECHET_VERSION
+    from tmd_eval.micro_judges import METRIC_VERSION as JUDGE_VERSION
+
+    last = cell.trainings[-1] if cell.trainings else None
+    spec = {
+        "checkpoint": f"train/{training_name(last)}/checkpoint" if last else None,
+        "base": loaded.experiment.base,
+        "base_hash": loaded.base.hash,
+        "prompts": loaded.experiment.evaluation.prompts,
+        "count": cell.prompts,
+        "settings": cell.settings,
+        "videos": cell.videos,
+        "metrics": f"{JUDGE_VERSION}, {FRECHET_VERSION}, {DIVERSITY_VERSION}",
+        "row": asdict(cell.row),
+    }
+    after = (f"train-{training_name(last)}",) if last else ()
+    generate = Job(kind="generate", name=cell.name, spec=spec, after=after)
+    return generate, Job(kind="score", name=cell.name, spec=spec, after=(generate.id,))
+
+
+def unfinished(out: Path, jobs: Iterable[Job]) -> list[Job]:
+    """The jobs whose output is missing or rests on something that is."""
+    lacking: dict[str, Job] = {}
+    for job in jobs:
+        if any(other in lacking for other in job.after) or not store.done(out, job):
+            lacking[job.id] = job
+    return list(lacking.values())
+
+
+def write_tuning(out: Path, loaded: Loaded) -> None:
+    """Write ``tuning.json``: every trial with its scores, and what was chosen."""
+    if loaded.experiment.tuning is None:
+        return
+    trials = [
+        {"method": t.cell.row.method, "trial": t.cell.row.trial, "metrics": t.metrics, "failed": t.failed}
+        for t in read_trials(out, loaded.trials)
+    ]
+    chosen: Mapping[str, Changes] = loaded.tuned
+    settings = {method: {"set": changes.set, "stages": changes.stages} for method, changes in chosen.items()}
+    write_json(out / "tuning.json", {"trials": trials, "chosen": settings, "protocol": digest(trials)})

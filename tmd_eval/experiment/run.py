@@ -1,0 +1,235 @@
+"""An experiment from its file to its report: measure, tune, train, sample, score, record."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from students.errors import ConfigError, IncompleteError, TmdError
+from tmd_eval.experiment import jobs as store
+from tmd_eval.experiment.jobs import Job, Plan
+from tmd_eval.experiment.plan import Loaded, load, make_plan, unfinished, write_tuning
+from tmd_eval.experiment.runner import Progress, Runner, default_workers
+from tmd_eval.experiment.table import LiveTable
+from tmd_eval.files import write_json
+
+
+class Interrupted(TmdError):
+    """The run was told to stop; its state is saved."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an experiment is run."""
+
+    file: Path
+    """The YAML file."""
+    out: Path
+    """Folder of everything."""
+    workers: int | None = None
+    """Processes at once; None: one a GPU, or one a core."""
+    budget_minutes: float | None = None
+    """Stop after so many minutes, with the state saved."""
+    limit: int | None = None
+    """Only so many cells of the matrix, in the order of the file."""
+    measure: bool = False
+    """Only measure steps, for estimates."""
+    keep_states: bool = False
+    """Keep the training states of finished trainings (optimisers: several times the size of a checkpoint)."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}.")
+        if self.budget_minutes is not None and not self.budget_minutes > 0:
+            raise ConfigError(f"budget-minutes must be above 0, not {self.budget_minutes}.")
+
+    @property
+    def command(self) -> str:
+        """The command that makes the same again."""
+        limit = f" --limit {self.limit}" if self.limit else ""
+        return f"tmd-eval experiment run {self.file} --out {self.out}{limit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run did."""
+
+    plan: Plan
+    progress: Progress
+    made: int
+    """Jobs done in this run."""
+    report: Path | None
+    """Path of index.html, if any cell is there to report."""
+
+
+def run(options: Options) -> Outcome:
+    """Do what is missing of an experiment and write its report.
+
+    Raises:
+        ConfigError: the file is wrong, all mistakes at once; or the folder belongs to a run in progress.
+        IncompleteError: jobs failed or the time was up; what is done stays, and the report says what is missing.
+        Interrupted: told to stop; the state is saved.
+    """
+    start = time.monotonic()
+    out = options.out
+    with store.run_lock(out):
+        loaded = load(options.file, out)
+        plan = make_plan(loaded, out, limit=options.limit)
+        for job in plan.jobs.values():  # a new run tries again what failed in the last one
+            store.failed_file(out, job).unlink(missing_ok=True)
+        store.save_plan(out, plan)
+        ours, gpus = default_workers()
+        workers = options.workers or ours
+        deadline = None if options.budget_minutes is None else start + 60 * options.budget_minutes
+        with LiveTable(out, plan, workers) as table, Runner(
+            out, command=options.command, workers=workers, gpus=gpus, deadline=deadline, show=table.show
+        ) as runner:  # fmt: skip
+            loaded, plan = _phases(options, runner, table, loaded, plan)
+        progress = runner.progress
+        if options.measure:
+            report = None
+        else:
+            _record(out, loaded, plan)
+            report = _report(options, loaded, plan, changed=bool(progress.finished))
+    outcome = Outcome(plan=plan, progress=progress, made=len(progress.finished), report=report)
+    _complain(options, outcome)
+    return outcome
+
+
+def _phases(
+    options: Options, runner: Runner, table: LiveTable, loaded: Loaded, plan: Plan
+) -> tuple[Loaded, Plan]:  # fmt: skip
+    """Measure; run the trials; with the chosen settings, run the matrix."""
+    out = options.out
+    lacking = unfinished(out, plan.allowed.values())
+    if any(job.kind != "measure" for job in lacking) or options.measure:
+        measures = [job for job in lacking if job.kind == "measure"]
+        if measures:
+            runner.run(measures)
+            plan = make_plan(loaded, out, limit=options.limit)
+            store.save_plan(out, plan)
+            table.update(plan)
+    if options.measure or runner.progress.stopped:
+        return loaded, plan
+    if plan.waiting:
+        trials = {key for cell in plan.cells if cell.row["trial"] is not None for key in cell.jobs}
+        jobs = [plan.jobs[key] for key in plan.jobs if key in trials]
+        runner.run(unfinished(out, jobs), done=lambda job: _tidy(options, job))
+        if runner.progress.stopped:
+            return loaded, plan
+        loaded = load(options.file, out)
+        write_tuning(out, loaded)
+        plan = make_plan(loaded, out, limit=options.limit)
+        store.save_plan(out, plan)
+        table.update(plan)
+    jobs = [job for job in plan.allowed.values() if job.kind != "measure"]
+    runner.run(unfinished(out, jobs), done=lambda job: _tidy(options, job))
+    return loaded, plan
+
+
+def _tidy(options: Options, job: Job) -> None:
+    """Training states serve to resume; a finished training needs them no more."""
+    if job.kind == "train" and not options.keep_states:
+        for path in (store.folder(options.out, job) / "state").glob("*.pt"):
+            path.unlink(missing_ok=True)
+
+
+def _record(out: Path, loaded: Loaded, plan: Plan) -> None:
+    """Put finished cells of the matrix into the run's database."""
+    from leaderboard.record import record_run
+    from tmd_eval.experiment.names import row_name
+
+    database = out / "tmd-eval.db"
+    fresh = not database.is_file()
+    cells = {cell.name: cell for cell in loaded.cells}
+    for planned in plan.cells:
+        score = plan.jobs[planned.jobs[-1]]
+        if planned.name not in cells or plan.waits(planned) or not store.done(out, score):
+            continue
+        folder = store.folder(out, score)
+        mark = store.score_mark(folder, score)
+        if not fresh and store.read_json(folder / "recorded.json") == mark:
+            continue
+        name = f"{row_name(loaded.experiment, cells[planned.name].row)}, seed {planned.seed}"
+        record_run(f"sqlite:///{database}", folder, name=name)
+        write_json(folder / "recorded.json", mark)
+
+
+def write_report(options: Options, folder: Path | None = None) -> Path:
+    """Write the report of what is done so far.
+
+    Args:
+        options: the experiment.
+        folder: report folder; None for ``report/`` in the run's.
+
+    Returns:
+        Path of index.html.
+
+    Raises:
+        ConfigError: the file is wrong, or nothing is done yet.
+    """
+    from tmd_eval.experiment.collect import collect, write
+
+    loaded = load(options.file, options.out)
+    plan = make_plan(loaded, options.out)
+    content = collect(loaded, plan, options.out, command=options.command)
+    if not content.rows:
+        raise ConfigError(f"{options.out} holds no finished cell yet; run: {options.command}")
+    return write(content, folder or options.out / "report")
+
+
+def _report(options: Options, loaded: Loaded, plan: Plan, *, changed: bool) -> Path | None:
+    from tmd_eval.experiment.collect import collect, write
+
+    page = options.out / "report" / "index.html"
+    old = store.read_json(page.parent / "report.json")
+    same = old is not None and old.get("experiment", {}).get("sha256") == store.file_mark(options.file)
+    if page.is_file() and same and not changed:
+        return page
+    content = collect(loaded, plan, options.out, command=options.command)
+    if not content.rows:
+        return None
+    print("writing the report", file=sys.stderr)
+    return write(content, options.out / "report")
+
+
+def _complain(options: Options, outcome: Outcome) -> None:
+    """Leave with exit code 3 or 130 where something is missing."""
+    progress, plan, out = outcome.progress, outcome.plan, options.out
+    if progress.stopped == "interrupted":
+        raise Interrupted(f"interrupted, the state is saved; go on with: {options.command}")
+    work: Iterable[Job] = plan.jobs.values()
+    if options.measure:
+        work = [job for job in work if job.kind == "measure"]
+    left = [job for job in unfinished(out, work) if job.kind != "measure" or options.measure]
+    if not left:
+        return
+    lines = [f"{len(left)} of {len(plan.jobs)} jobs are not done; go on with: {options.command}"]
+    if progress.stopped == "budget":
+        lines[0] = f"the {options.budget_minutes:g} minutes are over, the state is saved; {lines[0]}"
+    for key, sentence in progress.failed.items():
+        lines.append(f"failed: {key}: {sentence} (log: {store.log_file(out, plan.jobs[key])})")
+    raise IncompleteError("\n".join(lines))
+
+
+def outcome_json(outcome: Outcome, out: Path) -> str:
+    """What ``--json`` prints after a run."""
+    report = store.read_json(out / "report" / "report.json") if outcome.report else None
+    return json.dumps(
+        {
+            "out": str(out),
+            "cells": len(outcome.plan.cells),
+            "jobs": len(outcome.plan.jobs),
+            "made": outcome.made,
+            "report": None if outcome.report is None else str(outcome.report),
+            "claims": [] if report is None else report["claims"],
+        }
+    )

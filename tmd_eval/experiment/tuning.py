@@ -1,0 +1,86 @@
+"""The choice of settings by trials: every method gets as many, and the best mean rank wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from leaderboard.display import lower_is_better
+from tmd_eval.experiment.cells import Cell
+from tmd_eval.experiment.jobs import read_json
+from tmd_eval.experiment.schema import Changes, Tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A trial and how it went."""
+
+    cell: Cell
+    metrics: dict[str, float] | None
+    """Scores by name; None where it has not run or has failed."""
+    failed: str | None
+    """Why it failed, None where it did not."""
+
+
+def read_trials(out: Path, cells: Sequence[Cell]) -> list[Trial]:
+    """The trials as they lie in a run's folder."""
+    found = []
+    for cell in cells:
+        folder = out / "cells" / cell.name
+        summary = read_json(folder / "scores" / "summary.json") if (folder / "scored.json").is_file() else None
+        metrics = None if summary is None else {name: float(entry["value"]) for name, entry in summary.items()}
+        reasons = sorted((out / "logs").glob(f"*-{cell.name}.failed"))
+        for training in cell.trainings:
+            reasons += sorted((out / "logs").glob(f"train-*-{training.key[:12]}.failed"))
+        failed = reasons[0].read_text(encoding="utf-8").strip() if reasons and metrics is None else None
+        found.append(Trial(cell=cell, metrics=metrics, failed=failed))
+    return found
+
+
+def choose(tuning: Tuning, trials: Sequence[Trial]) -> dict[str, Changes]:
+    """The winner of every method whose trials have all ended; a trial that failed (a diverged training) loses.
+
+    Args:
+        tuning: metrics that rank, and the settings.
+        trials: all trials, in the order of the file.
+    """
+    chosen = {}
+    for method, options in tuning.trials.items():
+        own = [trial for trial in trials if trial.cell.row.method == method]
+        if len(own) < len(options) or any(trial.metrics is None and trial.failed is None for trial in own):
+            continue
+        best = best_rank([trial.metrics for trial in own], tuning.metrics)
+        if best is not None:
+            chosen[method] = options[best]
+    return chosen
+
+
+def best_rank(results: Sequence[dict[str, float] | None], metrics: Sequence[str]) -> int | None:
+    """Place of the result with the best mean rank; ties go to the first metric, then to the first place.
+
+    Args:
+        results: metrics of each, None for one that failed.
+        metrics: names of those that count, the same weight each; one that no result has does not count.
+
+    Returns:
+        The place, None if all failed.
+    """
+    alive = [(place, values) for place, values in enumerate(results) if values is not None]
+    if not alive:
+        return None
+
+    def rank(place_values: dict[str, float], name: str) -> float:
+        sign = -1.0 if lower_is_better(name) else 1.0
+        worst = float("-inf")
+        mine = sign * place_values[name] if name in place_values else worst
+        others = [sign * values[name] if name in values else worst for _, values in alive]
+        return sum(other > mine for other in others) + 0.5 * (sum(other == mine for other in others) - 1)
+
+    counted = [name for name in metrics if any(name in values for _, values in alive)]
+
+    def key(option: tuple[int, dict[str, float]]) -> tuple[float, float, int]:
+        ranks = [rank(option[1], name) for name in counted] or [0.0]
+        return sum(ranks) / len(ranks), ranks[0], option[0]
+
+    return min(alive, key=key)[0]
