@@ -19,8 +19,8 @@ class MatrixRow:
     """Names the row within the matrix."""
     name: str
     """Name people see."""
-    section: str
-    """Part of the matrix."""
+    sections: tuple[str, ...]
+    """Parts of the matrix that show it."""
     budget: str | None
     """Label of its budget; None for the base model, which is shown under every one."""
     role: str
@@ -250,9 +250,10 @@ def report_json(matrix: Matrix) -> dict[str, Any]:
 
 def _row_json(row: MatrixRow) -> dict[str, Any]:
     fields = ("name", "role", "method", "m", "n", "h", "effective_nfe", "seconds_per_video")
-    more = ("section", "budget", "ablation", "forward_passes", "training_minutes", "compute", "student_updates")
+    more = ("budget", "ablation", "forward_passes", "training_minutes", "compute", "student_updates")
     return {
         **{key: getattr(row, key) for key in (*fields, *more)},
+        "sections": list(row.sections),
         "iterations": list(row.iterations),
         "seeds": list(row.seeds),
         "metrics": {

@@ -101,13 +101,12 @@ VERDICTS = ("holds", "does not hold", "undecided")
 def _tables(matrix: Matrix, headline: Display, frechet: Display | None) -> list[Table]:
     tables = []
     base = [row for row in matrix.rows if row.budget is None]
-    sections = list(dict.fromkeys(row.section for row in matrix.rows))
+    sections = list(dict.fromkeys(section for row in matrix.rows for section in row.sections))
     for section in sections:
-        budgets: list[str | None] = [
-            b for b in matrix.budgets if any(r.budget == b and r.section == section for r in matrix.rows)
-        ]
-        for budget in budgets or [None]:
-            own = [row for row in matrix.rows if row.section == section and row.budget == budget and row.budget]
+        used = {row.budget for row in matrix.rows if section in row.sections}
+        budgets: list[str | None] = [budget for budget in matrix.budgets if budget in used]
+        for budget in budgets or [None]:  # no student is there yet: the base model alone
+            own = [row for row in matrix.rows if section in row.sections and row.budget == budget and row.budget]
             ablations = any(row.ablation for row in own)
             first = section == sections[0]
             rows = _with_baselines(matrix, own) if ablations else [*(base if first else []), *own]

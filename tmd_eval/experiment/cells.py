@@ -94,10 +94,8 @@ class Cell:
     """Captions to load."""
     key: str
     """SHA-256 of all that decides its videos."""
-    section: str
+    sections: tuple[str, ...]
     """Where the report shows it."""
-    line: int
-    """Of the experiment file."""
 
     @property
     def name(self) -> str:
@@ -167,8 +165,10 @@ class Resolver:
                 for seed in section.seeds:
                     cells += self._cell(row, seed, tuned.get(row.method, Changes()), section.name, line)
         unique: dict[tuple[Row, int], Cell] = {}
-        for cell in cells:
-            unique.setdefault((cell.row, cell.seed), cell)
+        for cell in cells:  # several sections may ask for one cell
+            first = unique.setdefault((cell.row, cell.seed), cell)
+            sections = tuple(dict.fromkeys((*first.sections, *cell.sections)))
+            unique[cell.row, cell.seed] = replace(first, sections=sections)
         return list(unique.values())
 
     def _untrained(self) -> Iterator[Cell]:
@@ -179,7 +179,7 @@ class Resolver:
                 for seed in seeds:
                     row = Row(method=BASE, m=m, guidance=part.guidance)
                     samples = part.samples_per_prompt or self.experiment.evaluation.samples_per_prompt
-                    yield self._evaluated(row, seed, (), section.name, part.line, samples=samples)
+                    yield self._evaluated(row, seed, (), section.name, samples=samples)
 
     def _cell(
         self, row: Row, seed: int, changes: Changes, section: str, line: int, *,
@@ -191,10 +191,10 @@ class Resolver:
         except ConfigError as error:
             self.source.wrong(line, str(error).removeprefix("--set: "))
             return []
-        return [self._evaluated(row, seed, trainings, section, line, prompts=prompts, lines=lines, samples=samples)]
+        return [self._evaluated(row, seed, trainings, section, prompts=prompts, lines=lines, samples=samples)]
 
     def _evaluated(
-        self, row: Row, seed: int, trainings: tuple[Training, ...], section: str, line: int, *,
+        self, row: Row, seed: int, trainings: tuple[Training, ...], section: str, *,
         prompts: int | None = None, lines: tuple[int, ...] | None = None, samples: int | None = None,
     ) -> Cell:  # fmt: skip
         evaluation = self.experiment.evaluation
@@ -203,7 +203,7 @@ class Resolver:
             "samples_per_prompt": samples or evaluation.samples_per_prompt,
             "seed": SEED_STRIDE * seed,
             "lines": None if lines is None else list(lines),
-            "m": row.m if row.method == BASE else None,
+            "m": row.m if row.method == BASE or "m" not in self.experiment.methods[row.method].axes else None,
             "n": ablation.sample.get("n") if ablation else None,
             "guidance": row.guidance,
             "batch_size": evaluation.batch_size,
@@ -213,8 +213,7 @@ class Resolver:
         decisive = {key: value for key, value in settings.items() if key != "batch_size"}
         key = digest([model, evaluation.prompts, prompts, decisive])
         return Cell(
-            row=row, seed=seed, trainings=trainings, settings=settings, prompts=prompts, key=key, section=section,
-            line=line,
+            row=row, seed=seed, trainings=trainings, settings=settings, prompts=prompts, key=key, sections=(section,)
         )  # fmt: skip
 
     def _trainings(self, row: Row, seed: int, changes: Changes, line: int) -> tuple[Training, ...]:

@@ -94,7 +94,7 @@ def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int) -> Matr
     return MatrixRow(
         key=key_of(row),
         name=row_name(experiment, row, budget=False),
-        section=cells[0].section,
+        sections=cells[0].sections,
         budget=None if row.budget is None else budget_name(experiment, row.budget),
         role=role(row),
         method=str(checkpoint.get("method")),

@@ -97,7 +97,9 @@ def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None) -> Plan:
         for job in own:
             jobs.setdefault(job.id, replace(job, seconds=estimator.seconds(job)))
         ids = tuple(job.id for job in own)
-        cells.append(PlannedCell(name=cell.name, section=cell.section, row=asdict(cell.row), seed=cell.seed, jobs=ids))
+        cells.append(
+            PlannedCell(name=cell.name, section=cell.sections[0], row=asdict(cell.row), seed=cell.seed, jobs=ids)
+        )
     return Plan(
         file=str(loaded.source.path), title=loaded.experiment.title, cells=tuple(cells), jobs=jobs,
         waiting=loaded.waiting,
@@ -107,8 +109,7 @@ def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None) -> Plan:
 def training_name(training: Training) -> str:
     """Folder of a training; the same for all cells that need it."""
     config = training.config
-    parts = [Path(training.preset).stem, f"m{config.method.m}", f"s{config.seed}", training.key[:12]]
-    return "-".join(parts)
+    return f"{Path(training.preset).stem}-s{config.seed}-{training.key[:12]}"
 
 
 def _training_jobs(cell: Cell, loaded: Loaded) -> list[Job]:

@@ -60,7 +60,7 @@ class Method:
     stages: tuple[Stage, ...]
     """First to last; the last one is what budgets of updates count."""
     axes: dict[str, str] = field(default_factory=lambda: dict(AXES))
-    """Setting of each axis the method has, among m, n and h."""
+    """Setting of each axis the method has, among m, n and h; without m, one student is sampled at every M."""
     line: int = 0
 
     def __post_init__(self) -> None:
@@ -381,8 +381,6 @@ def _check_axes(method: Method, name: str, block: Block, source: Source) -> None
             source.wrong(block.line, f"{name} has no {axis.upper()}; put it in cells of its own.")
         if has and not given:
             source.wrong(block.line, f"{name} needs {axis.upper()}; give {axis}.")
-    if "m" not in method.axes:
-        source.wrong(method.line, f"{name} has no setting for M; give axes.m.")
 
 
 def _require(holds: bool, message: str) -> None:
