@@ -1,7 +1,7 @@
 """Train the micro teacher: a Wan transformer and its text encoder by flow matching, on latents of generated clips.
 
     python -m students.micro.train_teacher --work ~/tmd-work/teacher --vae students/micro/weights/vae \
-        --out students/micro/weights
+        --out students/micro/weights --compile
 
 Chosen by experiment: latents with few values a token, Muon for matrices and AdamW for the rest, EMA, text dropout 0.1,
 time shift 3 on half of the times, and a curriculum from one object to two. Latents are made in shards of 1,024 clips, a
@@ -128,6 +128,9 @@ def main() -> None:
     parser.add_argument(
         "--init", type=Path, help="pipeline folder whose weights to start from, with no state in --work"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer and run it in bf16: needs a C++ compiler"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -156,6 +159,9 @@ def main() -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, seconds = state["step"], state["seconds"]
+    predict = torch.compile(transformer) if args.compile else transformer
+    if args.compile:
+        transformer.set_attention_backend("_native_math")  # torch's fused attention is slow in bf16 on a processor
     begin, smooth = time.time(), None
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=30)
     for step in bar:
@@ -169,7 +175,9 @@ def main() -> None:
         t = torch.where(shifted, SHIFT * u / (1 + (SHIFT - 1) * u), u).float()
         x1 = torch.randn(x.shape, generator=generator)
         t_ = t.view(-1, 1, 1, 1, 1)
-        v = transformer((1 - t_) * x + t_ * x1, 1000 * t, encode_text(encoder, ids, mask)).sample
+        embedding = encode_text(encoder, ids, mask)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.compile):
+            v = predict((1 - t_) * x + t_ * x1, 1000 * t, embedding).sample.float()
         loss = (v - (x1 - x)).square().mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
