@@ -14,7 +14,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from students.errors import ConfigError, EnvironmentMissingError, IncompleteError, TmdError
+from students.errors import ConfigError, EnvironmentMissingError, IncompleteError
 from tests.tiny import tiny_pipeline
 from tmd_eval.commands.vbench import app as vbench_app
 from tmd_eval.prompts import vbench_prompts
@@ -50,7 +50,8 @@ def small_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "info.json"
     info.write_text(json.dumps([{"prompt_en": p, "dimension": d} for p, d in entries]))
     monkeypatch.setattr(runner, "full_info", lambda: info)
-    monkeypatch.setattr(runner, "check_ready", lambda dimension: None)
+    monkeypatch.setattr(runner, "official_version", lambda: "0.1.5")
+    monkeypatch.setattr(runner, "check_ready", lambda dimension, unverified=False: None)
 
 
 def clip(path: Path, levels: tuple[int, ...] = (10, 20, 30)) -> Path:
@@ -68,16 +69,25 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(tree, ["vbench", *arguments])
 
 
-def worker_says(monkeypatch: pytest.MonkeyPatch, value: Callable[[str], float], aggregate: float | None = None) -> None:
-    """Put a function of the file's name in the place of the worker process."""
+def worker_says(monkeypatch: pytest.MonkeyPatch, value: Callable[[str], float | None]) -> list[list[str]]:
+    """Put a function of the file's name in the place of the worker process; returns the names of each request."""
+    asked: list[list[str]] = []
 
-    def work(request: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        names = sorted(path.name for path in Path(request["videos"]).iterdir())
-        rows = [{"video_path": f"/x/{name}", "video_results": value(name)} for name in names]
-        mean = float(np.mean([row["video_results"] for row in rows]))
-        return {"ok": True, "aggregate": mean if aggregate is None else aggregate, "rows": rows}
+    def ask(request: dict[str, Any], **_: Any) -> dict[str, Any]:
+        asked.append([Path(video["path"]).name for video in request["videos"]])
+        with Path(request["results"]).open("a") as file:
+            for video, name in zip(request["videos"], asked[-1], strict=True):
+                row = {"key": video["key"], "value": value(name), "extra": {}, "seconds": 0.1}
+                file.write(json.dumps(row) + "\n")
+        return {"ok": True}
 
-    monkeypatch.setattr(runner, "_work", work)
+    monkeypatch.setattr(runner, "_ask", ask)
+    return asked
+
+
+def summary(run: Path) -> dict[str, Any]:
+    path = run / "scores" / "summary.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def test_official_scores_of_the_reference_clips(vbench_environment: Path, shared: Path, tmp_path: Path) -> None:
@@ -94,6 +104,8 @@ def test_official_scores_of_the_reference_clips(vbench_environment: Path, shared
     summary = json.loads((tmp_path / "run" / "scores" / "summary.json").read_text())[FLICKER]
     assert summary == json.loads(result.stdout)["scores"][FLICKER]
     assert set(summary) == {"n", "value", "low", "high", "completeness", "metric_version", "weight_hashes"}
+    record = json.loads((tmp_path / "run" / "scores" / "vbench.json").read_text())
+    assert record["protocol"]["set"] == "custom" and record["totals"] is None and not record["not_measured"]
     assert summary["value"] == pytest.approx(np.mean(list(OFFICIAL.values())), abs=1e-12)
     assert summary["n"] == 3 and summary["completeness"] == 1 and summary["metric_version"] == "vbench-0.1.5"
     assert min(OFFICIAL.values()) - 1e-9 <= summary["low"] < summary["high"] <= max(OFFICIAL.values()) + 1e-9
@@ -101,13 +113,13 @@ def test_official_scores_of_the_reference_clips(vbench_environment: Path, shared
 
 
 def test_flickering_in_closed_form(vbench_environment: Path, tmp_path: Path) -> None:
-    videos = [
-        clip(tmp_path / "still.mp4", (77,) * 5),
-        clip(tmp_path / "strobe.mp4", (0, 255, 0, 255)),
-        clip(tmp_path / "steps.mp4", (10, 20, 30, 61)),
-    ]
-    values = [score.value for score in runner.score(FLICKER, videos)]
-    assert values == pytest.approx([1, 0, 1 - (10 + 10 + 31) / 3 / 255], abs=1e-6)
+    clip(tmp_path / "videos" / "a_still.mp4", (77,) * 5)
+    clip(tmp_path / "videos" / "b_strobe.mp4", (0, 255, 0, 255))
+    clip(tmp_path / "videos" / "c_steps.mp4", (10, 20, 30, 61))
+    clip(tmp_path / "videos" / "façades; $(x) 'q'.mp4")
+    scoring.score(tmp_path / "videos", tmp_path / "run", [FLICKER])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "scores" / f"{FLICKER}.jsonl").read_text().splitlines()]
+    assert [r["value"] for r in rows] == pytest.approx([1, 0, 1 - (10 + 10 + 31) / 3 / 255, 1 - 10 / 255], abs=1e-6)
 
 
 def test_doctor_tells_each_dimension_s_state(vbench_environment: Path) -> None:
@@ -116,12 +128,14 @@ def test_doctor_tells_each_dimension_s_state(vbench_environment: Path) -> None:
     assert set(report) == {"version", "dimensions"} and report["version"] == "0.1.5"
     rows = {row["dimension"]: row for row in report["dimensions"]}
     assert list(rows) == list(DIMENSIONS) and len(rows) == 16
-    assert all(set(r) == {"dimension", "importable", "reason", "missing_weights", "ready"} for r in rows.values())
-    assert rows[FLICKER] == {
-        "dimension": FLICKER, "importable": True, "reason": None, "missing_weights": [], "ready": True,
+    assert rows[FLICKER] | {"device": "x"} == {
+        "dimension": FLICKER, "importable": True, "reason": None, "weights": {}, "missing_weights": [],
+        "weight_problems": {}, "device": "x", "ready": True, "do": [],
     }  # fmt: skip
-    assert sum(row["importable"] for row in rows.values()) >= 11
-    assert "detectron2" in rows["color"]["reason"]
+    detector = {"object_class", "multiple_objects", "color", "spatial_relationship"}
+    assert {name for name, row in rows.items() if not row["importable"]} <= detector
+    assert all("detectron2" in row["reason"] for row in rows.values() if not row["importable"])
+    assert "dimensions are ready" in invoke("doctor").stdout
 
 
 def test_official_prompt_list(vbench_environment: Path) -> None:
@@ -136,13 +150,15 @@ def test_a_checkpoint_from_generation_to_database(vbench_environment: Path, tmp_
     call += ["--limit", "6", "--device", "cpu", "--db", str(tmp_path / "db.sqlite"), "--json"]
     dry = invoke(*call, "--dry-run")
     assert json.loads(dry.stdout) == {"videos": 6, "missing": 6, "dimensions": [FLICKER]}
+    assert "not scored" in dry.stderr and "amt-s.pth" in dry.stderr  # no weights here
     assert not (tmp_path / "run").exists()
     result = invoke(*call)
     assert result.exit_code == 0, result.exception
     printed = json.loads(result.stdout)
     assert printed["recorded"] is not None and (tmp_path / "db.sqlite").exists()
     entry = printed["scores"][FLICKER]
-    assert entry["n"] == 6 and entry["completeness"] == pytest.approx(6 / (75 * 5))
+    assert entry["n"] == 6 and entry["completeness"] == pytest.approx(6 / (75 * 5)) and entry["partial"]
+    assert printed["totals"] is None and not printed["protocol"]["static_filter"]["applied"]
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["prompts"]["count"] == 944 and len(config["lines"]) == 75
     first = vbench_prompts([FLICKER]).prompts[0]
@@ -157,7 +173,7 @@ def test_broken_videos_are_named_and_nothing_is_written(tmp_path: Path, small_in
     clip(videos / "single.mp4", (5,))
     with pytest.raises(IncompleteError, match=r"3 of 4.*cut\.mp4.*empty\.mp4.*single\.mp4") as caught:
         scoring.score(videos, tmp_path / "run", [FLICKER])
-    assert caught.value.exit_code == 3 and not (tmp_path / "run").exists()
+    assert caught.value.exit_code == 3 and not list(tmp_path.glob("run/scores/*.json*"))
 
 
 def test_a_missing_video_of_the_standard_set_is_named(
@@ -171,7 +187,8 @@ def test_a_missing_video_of_the_standard_set_is_named(
     clip(videos / "a clock.-5.mp4")  # a sixth sample, which VBench ignores
     clip(videos / "holiday.mp4")
     worker_says(monkeypatch, lambda name: 0.5 if name.startswith("a still") else 0.9)
-    entry = scoring.score(videos, tmp_path / "run", [FLICKER])[FLICKER]
+    scoring.score(videos, tmp_path / "run", [FLICKER], options=scoring.Options(static_filter=False))
+    entry = json.loads((tmp_path / "run" / "scores" / "summary.json").read_text())[FLICKER]
     assert entry["n"] == 10 and entry["value"] == pytest.approx(0.7) and entry["completeness"] == 1
     assert entry["low"] == pytest.approx(0.5) and entry["high"] == pytest.approx(0.9)  # two prompts, not ten videos
     error = capsys.readouterr().err
@@ -179,6 +196,10 @@ def test_a_missing_video_of_the_standard_set_is_named(
     (videos / "a clock.-3.mp4").unlink()
     with pytest.raises(IncompleteError, match=r"1 of 10.*a clock\.-3\.mp4"):
         scoring.score(videos, tmp_path / "again", [FLICKER])
+    partial = scoring.score(
+        videos, tmp_path / "again", [FLICKER], options=scoring.Options(allow_partial=True, static_filter=False)
+    )
+    assert partial["dimensions"][FLICKER]["partial"] and partial["dimensions"][FLICKER]["n"] == 9
 
 
 def test_a_run_with_a_lost_video_is_incomplete(
@@ -198,23 +219,27 @@ def test_a_run_with_a_lost_video_is_incomplete(
     (run / "scores" / "summary.json").write_text('{"alignment_joint": {"n": 3}}')
     worker_says(monkeypatch, lambda name: 0.5)
     for folder in (run, run / "videos"):
-        entry = scoring.score(folder, run, [FLICKER])[FLICKER]
+        entry = scoring.score(folder, run, [FLICKER])["dimensions"][FLICKER]
         assert (entry["n"], entry["low"], entry["high"]) == (3, None, None)  # a single prompt has no interval
     assert set(json.loads((run / "scores" / "summary.json").read_text())) == {"alignment_joint", FLICKER}
 
 
-def test_values_that_are_no_numbers_and_aggregates_that_do_not_fit(
+def test_a_value_that_is_no_number_is_not_measured(
     tmp_path: Path, small_info: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    videos = [clip(tmp_path / "videos" / f"{name}.mp4") for name in "ab"]
-    worker_says(monkeypatch, lambda name: float("nan") if name == "b.mp4" else 0.5)
-    with pytest.raises(IncompleteError, match=r"b\.mp4"):
-        runner.score(FLICKER, videos)
-    worker_says(monkeypatch, lambda name: 0.5, aggregate=0.6)
-    with pytest.raises(TmdError, match=r"0\.6"):
-        runner.score(FLICKER, videos)
-    worker_says(monkeypatch, lambda name: 50.0, aggregate=0.5)
-    assert [s.value for s in runner.score("imaging_quality", videos)] == [0.5, 0.5]
+    videos, run = tmp_path / "videos", tmp_path / "run"
+    for name in "ab":
+        clip(videos / f"{name}.mp4")
+    asked = worker_says(monkeypatch, lambda name: None if name == "b.mp4-0.mp4" or name == "b-0.mp4" else 0.5)
+    with pytest.raises(scoring.NotMeasuredError, match=r"b\.mp4") as caught:
+        scoring.score(videos, run, [FLICKER, "imaging_quality"])
+    assert caught.value.exit_code == 3 and set(caught.value.record["not_measured"]) == {FLICKER, "imaging_quality"}
+    assert not (run / "scores" / f"{FLICKER}.jsonl").exists() and FLICKER not in summary(run)
+    before = len(asked)
+    worker_says(monkeypatch, lambda name: 50.0)
+    record = scoring.score(videos, run, ["imaging_quality"])
+    assert record["dimensions"]["imaging_quality"]["value"] == pytest.approx(0.25 + 0.005 / 2)  # 0.5 and 50 of 100
+    assert before == 4 and set(record["not_measured"]) == {FLICKER}  # each tried once more before
 
 
 def test_without_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,14 +252,13 @@ def test_without_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert json.loads(invoke("setup", "--remove", "--json").stdout)["removed"] is False
 
 
-def test_requests_that_cannot_be_met_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_cannot_be_met_say_why(tmp_path: Path, small_info: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     monkeypatch.setattr(environment, "problem", lambda: None)
     monkeypatch.setenv("TMD_EVAL_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="temporal_flickering"):
         runner.check_ready("temporal_flicker")
-    with pytest.raises(ConfigError, match="own prompts"):
-        runner.check_ready("color")
-    with pytest.raises(EnvironmentMissingError, match=r"amt-s\.pth"):
+    with pytest.raises(EnvironmentMissingError, match=r"amt-s\.pth is missing.*setup --fetch"):
         runner.check_ready("motion_smoothness")
     for wrong in (["--out", "x"], ["--videos", "x"], ["--ckpt", "a", "--videos", "b", "--out", "x"]):
         assert isinstance(invoke(*wrong).exception, ConfigError)

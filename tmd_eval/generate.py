@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,10 @@ class Settings:
     """Make at most so many videos of the set, None for all."""
     lines: tuple[int, ...] | None = None
     """Only these prompts of the set, by line; None for all."""
+    samples_of_line: Mapping[int, int] | None = None
+    """Videos of these prompts, by line, instead of ``samples_per_prompt``: VBench's static filter chooses from 25."""
+    line_stride: int | None = None
+    """Distance of the seeds of neighbouring prompts; None for the set's rule, see the module."""
     m: int | None = None
     """M, steps of the outer loop; None for the checkpoint's own (50 for a teacher)."""
     n: int | None = None
@@ -204,17 +208,20 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
     model = checkpoint.settings(settings.m, settings.n, settings.guidance)
     size = {"size": [base.height, base.width], "frames": base.frames, "fps": base.fps}
     decisive = {"checkpoint": checkpoint.hash, "base": base.hash, "dtype": str(base.dtype), **model, **size}
-    stride = 0 if prompts.named_by_prompt else LINE_STRIDE
+    stride = settings.line_stride
+    if stride is None:
+        stride = 0 if prompts.named_by_prompt else LINE_STRIDE
 
     def unit(line: int, index: int) -> Unit:
         seed = settings.seed + index + stride * line
         return Unit(
-            video=prompts.video_name(line, index), prompt=prompts.prompts[line], line=line, index=index, seed=seed,
-            key=video_set.unit_key(decisive, prompts.prompts[line], seed),
+            video=prompts.video_name(line, index), prompt=prompts.prompts[line], text=prompts.text(line), line=line,
+            index=index, seed=seed, key=video_set.unit_key(decisive, prompts.text(line), seed),
         )  # fmt: skip
 
     lines = range(len(prompts.prompts)) if settings.lines is None else settings.lines
-    order = ((line, i) for line in lines for i in range(settings.samples_per_prompt))
+    samples = {line: (settings.samples_of_line or {}).get(line, settings.samples_per_prompt) for line in lines}
+    order = ((line, i) for line in lines for i in range(samples[line]))
     units = [unit(line, index) for line, index in islice(order, settings.limit)]
     # A finished video beyond the present plan (a smaller --limit, say) stays if a larger plan would make the same one.
     rows: dict[str, dict[str, Any]] = {}
@@ -230,7 +237,9 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
             "base": {"ref": base.ref, "hash": base.hash, "revision": base.revision},
         },
         "prompts": {"name": prompts.name, "sha256": prompts.sha256, "count": len(prompts.prompts)},
+        **({"texts": prompts.texts_record} if prompts.texts is not None else {}),
         "samples_per_prompt": settings.samples_per_prompt,
+        **({"samples_of_line": dict(settings.samples_of_line)} if settings.samples_of_line else {}),
         "lines": None if settings.lines is None else list(settings.lines),
         "limit": settings.limit,
         "seed": settings.seed,
@@ -299,7 +308,7 @@ def _make_batch(work: Plan, batch: Sequence[Unit]) -> Iterator[dict[str, Any]]:
     settings, base = work.settings, work.checkpoint.base
     start = time.perf_counter()
     videos = work.checkpoint.sample(
-        [unit.prompt for unit in batch],
+        [unit.text for unit in batch],
         [unit.seed for unit in batch],
         m=settings.m,
         n=settings.n,
@@ -311,7 +320,7 @@ def _make_batch(work: Plan, batch: Sequence[Unit]) -> Iterator[dict[str, Any]]:
         path = work.out / VIDEOS / unit.video
         digest = write_video(path, frames, base.fps, lossless=default_lossless(height, width))
         yield {
-            "video": unit.video, "prompt": unit.prompt, "text": unit.prompt, "line": unit.line, "index": unit.index,
+            "video": unit.video, "prompt": unit.prompt, "text": unit.text, "line": unit.line, "index": unit.index,
             "seed": unit.seed, "sampler": work.config["checkpoint"]["sampler"],
             "checkpoint_hash": work.checkpoint.hash, "key": unit.key, "frames": count, "height": height,
             "width": width, "fps": base.fps, "sha256": digest, "seconds": round(seconds, 6),

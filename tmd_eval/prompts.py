@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,20 @@ class PromptSet:
     """The prompts."""
     named_by_prompt: bool = False
     """Videos are called after their prompt (VBench's rule), otherwise after its line."""
+    texts: tuple[str, ...] | None = None
+    """What the model is told instead of each prompt: extended versions; None for the prompts themselves."""
+    texts_name: str | None = None
+    """Name of the list of texts."""
+
+    def text(self, line: int) -> str:
+        """What the model is told for a prompt."""
+        return self.prompts[line] if self.texts is None else self.texts[line]
+
+    @property
+    def texts_record(self) -> dict[str, str]:
+        """Name and hash of the texts, for the run's configuration."""
+        assert self.texts is not None
+        return {"name": str(self.texts_name), "sha256": hashlib.sha256("\n".join(self.texts).encode()).hexdigest()}
 
     @property
     def sha256(self) -> str:
@@ -46,11 +60,13 @@ class PromptSet:
             return self
         if count < 1:
             raise ConfigError(f"The number of prompts must be at least 1, not {count}.")
-        return PromptSet(name=self.name, prompts=self.prompts[:count], named_by_prompt=self.named_by_prompt)
+        return replace(self, prompts=self.prompts[:count], texts=None if self.texts is None else self.texts[:count])
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ConfigError(f"The prompt set {self.name} is empty; give at least one prompt.")
+        if self.texts is not None and len(self.texts) != len(self.prompts):
+            raise ConfigError(f"{len(self.texts)} texts for {len(self.prompts)} prompts; give one text a prompt.")
         if self.named_by_prompt:
             for prompt in self.prompts:
                 _check_name(prompt)

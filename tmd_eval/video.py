@@ -82,6 +82,20 @@ def check_video(path: Path) -> int:
     return _decode(Path(path), lambda frame: None)[0]
 
 
+def describe_video(path: Path) -> tuple[int, int, int, float]:
+    """Decode every frame of a clip, keeping none.
+
+    Returns:
+        Frames, height and width (pixels), frames a second.
+
+    Raises:
+        ConfigError: as :func:`read_video`.
+    """
+    sizes: list[tuple[int, int]] = []
+    count, fps = _decode(Path(path), lambda frame: sizes.append((frame.height, frame.width)))
+    return count, *sizes[0], fps
+
+
 def _decode(path: Path, use: Callable[[Any], None]) -> tuple[int, float]:
     import av
 

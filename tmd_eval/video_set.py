@@ -33,7 +33,9 @@ class Unit:
     video: str
     """File name in ``videos/``."""
     prompt: str
-    """The prompt, which is also the text fed to the model."""
+    """The prompt."""
+    text: str
+    """The text fed to the model: the prompt, or an extended version of it."""
     line: int
     """Place of the prompt in its set, from 0."""
     index: int
@@ -44,16 +46,16 @@ class Unit:
     """Hash of all that decides the pixels: model, prompt, seed, sampler, size."""
 
 
-def unit_key(decisive: Mapping[str, Any], prompt: str, seed: int) -> str:
+def unit_key(decisive: Mapping[str, Any], text: str, seed: int) -> str:
     """SHA-256 over all that decides a video's pixels.
 
     Args:
         decisive: what all videos of a run share: model hash, sampler settings, precision, size.
-        prompt: the text fed to the model.
+        text: fed to the model.
         seed: of its noise.
     """
-    text = json.dumps([dict(decisive), prompt, seed], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    whole = json.dumps([dict(decisive), text, seed], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def read_manifest(run: Path) -> list[dict[str, Any]]:
@@ -98,8 +100,9 @@ def planned_videos(run: Path, prompts: Sequence[str] | None = None) -> list[str]
         config = yaml.safe_load(path.read_text("utf-8"))
         lines, samples = config.get("lines"), int(config["samples_per_prompt"])
         lines = range(int(config["prompts"]["count"])) if lines is None else lines
-        stems = [f"{line:05d}" if prompts is None else prompts[line] for line in lines]
-        return [f"{stem}-{index}.mp4" for stem in stems for index in range(samples)][: config.get("limit")]
+        of_line = config.get("samples_of_line") or {}
+        stems = [(f"{line:05d}" if prompts is None else prompts[line], of_line.get(line, samples)) for line in lines]
+        return [f"{stem}-{index}.mp4" for stem, count in stems for index in range(count)][: config.get("limit")]
     except (yaml.YAMLError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} does not say which videos the run is to hold ({error!r}).") from error
 

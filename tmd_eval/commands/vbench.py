@@ -1,11 +1,15 @@
-"""``tmd-eval vbench``: the official VBench in its own environment: set up, check, score."""
+"""``tmd-eval vbench``: the official VBench in its own environment: score; sub-commands set up, check, compare."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tmd_eval.commands import vbench_results, vbench_setup
 
 if TYPE_CHECKING:
     from tmd_eval.generate import Settings
@@ -16,6 +20,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Score videos with the official VBench.\n\nExample: tmd-eval vbench --videos DIR --out runs/mine",
 )
+app.command("setup")(vbench_setup.setup)
+app.command("doctor")(vbench_setup.doctor)
+app.command("total")(vbench_results.total)
+app.command("compare")(vbench_results.compare)
+app.command("export")(vbench_results.export)
+
+FLICKER = "temporal_flickering"
 
 
 @app.callback()
@@ -25,20 +36,45 @@ def vbench(
     videos: Annotated[Path | None, typer.Option(help="Folder of mp4 files, or a run, instead of a checkpoint.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; scores go to its scores/.")] = None,
     dimensions: Annotated[
-        list[str] | None, typer.Option(help="Dimensions, comma-separated [default: temporal_flickering].")
+        list[str] | None, typer.Option(help="Dimensions, comma-separated, or all [default: all that are ready].")
     ] = None,
     prompts: Annotated[
         str, typer.Option(help='With --ckpt: "vbench", "micro" or a file.', metavar="SET|FILE")
     ] = "vbench",
+    texts: Annotated[
+        str | None,
+        typer.Option(help="Extended prompts for the model: a file, wan-seed42, gpt or hunyuan; names stay short."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="With --videos: JSON {file name: prompt} of videos with names of their own.")
+    ] = None,
     m: Annotated[int | None, typer.Option("--m", help="M, outer steps [default: the checkpoint's].")] = None,
     n: Annotated[int | None, typer.Option("--n", help="N, inner steps of a TMD student.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; 1 is none.")] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Only the first so many prompts of the dimensions.")] = None,
     samples_per_prompt: Annotated[int | None, typer.Option(help="Videos a prompt [default: vbench 5, else 1].")] = None,
+    static_filter: Annotated[
+        bool | None,
+        typer.Option(
+            "--static-filter/--no-static-filter",
+            help="Flickering on the stillest of 25 samples [default: where RAFT's weights, or more samples, are].",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
+    seed_rule: Annotated[
+        str | None,
+        typer.Option(help="index: seed + index; line: + 100000 x prompt [default: vbench index, else line]."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Stop after so many videos.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Videos at once [default: micro 16, else 1].")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda if there is one].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Scoring processes [default: one a GPU, or one].")] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Score what is there; figures are marked partial, no total.")
+    ] = False,
+    unverified_weights: Annotated[
+        bool, typer.Option("--unverified-weights", help="Take weights whose hash is not the published one.")
+    ] = False,
     db: Annotated[
         str | None, typer.Option(help="Database to record in [default: TMD_EVAL_DB or ./tmd-eval.db].")
     ] = None,
@@ -51,125 +87,166 @@ def vbench(
     if ckpt is None and videos is None and out is None and not dimensions:
         typer.echo(context.get_help())
         return
-    import json
-
     import torch
 
-    from students.errors import ConfigError
+    from students.errors import ConfigError, IncompleteError
     from tmd_eval import generate as generation
-    from tmd_eval.vbench import runner
+    from tmd_eval.vbench import plan, runner
     from tmd_eval.vbench import score as scoring
+    from tmd_eval.vbench.environment import python
     from tmd_eval.video_set import MANIFEST
 
     if (ckpt is None) == (videos is None):
         raise ConfigError("Give either --ckpt CHECKPOINT or --videos DIR.")
     if out is None:
         raise ConfigError("Give --out RUN, the folder for the scores.")
-    names = list(dict.fromkeys(d for text in dimensions or ["temporal_flickering"] for d in text.split(",") if d))
-    for name in names:
-        runner.check_ready(name)
+    python()
+    small = not (num_prompts is None and limit is None and samples_per_prompt is None)
+    custom = prompts != "vbench" if videos is None else prompt_file is not None or not plan.is_standard(videos)
+    names = _dimensions(dimensions, custom, whole=ckpt is not None and not custom and not small, un=unverified_weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = videos
+    processes = runner.devices(device, workers)
+    folder = videos or out
     if ckpt is not None:
         chosen, settings = _settings(
-            prompts, names, num_prompts, samples_per_prompt, seed, limit, m, n, guidance, batch_size
+            prompts,
+            texts,
+            names,
+            num_prompts,
+            samples_per_prompt,
+            seed,
+            seed_rule,
+            limit,
+            m,
+            n,
+            guidance,
+            batch_size,
+            _filtering(names, static_filter, samples_per_prompt),
         )
-        folder = out
         if dry_run:
             work = generation.plan(generation.open_model(ckpt, device), chosen, out, settings)
             result = {"videos": len(work.units), "missing": len(work.missing), "dimensions": names}
-            typer.echo(
-                json.dumps(result)
-                if json_
-                else f"{len(work.units)} videos, {len(work.missing)} to generate; then {names}"
-            )
+            text = f"{len(work.units)} videos, {len(work.missing)} to generate; then {', '.join(names)}"
+            typer.echo(json.dumps(result) if json_ else text)
             return
         generation.run(ckpt, chosen, out, settings, device=device)
-    assert folder is not None
+    captions = _captions(prompt_file)
     if dry_run:
-        found = {name: scoring.select(folder, name) for name in names}
+        found = {name: plan.select(folder, name, prompts=captions) for name in names}
         counts = {name: {"videos": len(s.videos), "missing": len(s.missing)} for name, s in found.items()}
         typer.echo(json.dumps(counts) if json_ else "\n".join(f"{name}: {c}" for name, c in counts.items()))
         return
-    entries = scoring.score(folder, out, names, device=device)
+    options = scoring.Options(
+        allow_partial=allow_partial, static_filter=static_filter, unverified=unverified_weights, prompts=captions
+    )
+    lost: IncompleteError | None = None
+    try:
+        record = scoring.score(folder, out, names, workers=processes, options=options)
+    except scoring.NotMeasuredError as error:
+        record, lost = error.record, error
+    if not record:  # another rank than the first
+        return
     recorded = None
     if (out / "config.yaml").is_file() and (out / MANIFEST).is_file():  # else nobody knows what made the videos
         from leaderboard.record import record_run
 
         recorded = record_run(db, out)
-    if json_:
-        typer.echo(json.dumps({"run": str(out), "recorded": recorded, "scores": entries}))
-        return
-    for name, entry in entries.items():
-        between = "" if entry["low"] is None else f" ({100 * entry['low']:.2f} to {100 * entry['high']:.2f})"
-        share = "" if entry["completeness"] == 1 else f", {100 * entry['completeness']:.1f} % of the protocol's videos"
-        typer.echo(f"{name}: {100 * entry['value']:.2f} %{between}, {entry['n']} videos{share}")
+    vbench_results.show(out, record, names, recorded, json_)
+    if lost is not None:
+        raise lost
+
+
+def _dimensions(given: list[str] | None, custom: bool, *, whole: bool, un: bool) -> list[str]:
+    """The dimensions to score.
+
+    Those that are asked for must be ready. By default they are the ones that are ready, the others are named on stderr;
+    but the whole protocol, which is to end in a total, starts only if all are ready.
+    """
+    from students.errors import EnvironmentMissingError
+    from tmd_eval.vbench import runner, weights
+    from tmd_eval.vbench.dimensions import DIMENSIONS, check_dimension
+
+    weights.prepare()
+    possible = [name for name, one in DIMENSIONS.items() if not custom or not (one.needs_prompts or one.reads_prompt)]
+    names = list(dict.fromkeys(d.strip() for text in given or [] for d in text.split(",") if d.strip()))
+    if names == ["all"]:
+        names = possible
+    for name in names:
+        runner.check_ready(check_dimension(name), unverified=un)
+    if names:
+        return names
+    lacking = {name: weights.problems(name, unverified=un) for name in possible}
+    lacking = {name: found for name, found in lacking.items() if found}
+    if lacking:
+        files = sorted({Path(path).name for found in lacking.values() for path in found})
+        text = f"without weights: {', '.join(lacking)} (missing or wrong: {', '.join(files)})"
+        if whole:
+            raise EnvironmentMissingError(
+                f"The whole of VBench cannot be scored here, {text}. Get them with: tmd-eval vbench setup --fetch, or "
+                f"choose --dimensions {','.join(n for n in possible if n not in lacking)}."
+            )
+        print(f"not scored, {text}", file=sys.stderr)
+    return [name for name in possible if name not in lacking]
+
+
+def _filtering(names: list[str], wanted: bool | None, samples: int | None) -> bool:
+    """Whether flickering's prompts get the 25 samples that the static filter chooses from."""
+    from students.errors import EnvironmentMissingError
+    from tmd_eval.vbench import weights
+    from tmd_eval.vbench.dimensions import FILTER_WEIGHTS
+
+    there = all((weights.folder() / path).is_file() for path in FILTER_WEIGHTS)
+    if wanted and not there:
+        raise EnvironmentMissingError(
+            f"The static filter needs {weights.folder() / FILTER_WEIGHTS[0]}; get it with: tmd-eval vbench setup "
+            "--fetch, or give --no-static-filter."
+        )
+    return FLICKER in names and samples is None and (there if wanted is None else wanted)
+
+
+def _captions(path: Path | None) -> dict[str, str] | None:
+    from students.errors import ConfigError
+
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read {path} as JSON ({error}); write {{file name: prompt}}.") from error
+    if not isinstance(found, dict) or not all(isinstance(value, str) and value.strip() for value in found.values()):
+        raise ConfigError(f"{path} must map each file name to its prompt.")
+    return dict(found)
 
 
 def _settings(
-    source: str, dimensions: list[str], num_prompts: int | None, samples: int | None, seed: int, limit: int | None,
-    m: int | None, n: int | None, guidance: float | None, batch_size: int | None,
+    source: str, texts: str | None, dimensions: list[str], num_prompts: int | None, samples: int | None, seed: int,
+    seed_rule: str | None, limit: int | None, m: int | None, n: int | None, guidance: float | None,
+    batch_size: int | None, filtering: bool,
 ) -> tuple[PromptSet, Settings]:  # fmt: skip
     """The prompt set and how to sample it; of VBench's set only the prompts of the dimensions."""
-    from tmd_eval.generate import Settings
+    from students.errors import ConfigError
+    from tmd_eval.generate import LINE_STRIDE, Settings
     from tmd_eval.prompts import load_prompts, vbench_prompts
+    from tmd_eval.prompts_texts import with_texts
+    from tmd_eval.vbench.dimensions import FILTER_SAMPLES
 
+    if seed_rule not in (None, "index", "line"):
+        raise ConfigError(f"--seed-rule must be index or line, not {seed_rule!r}.")
     chosen = load_prompts(source, count=None if source == "vbench" else num_prompts)
-    lines = None
+    if texts is not None:
+        chosen = with_texts(chosen, texts)
+    extra: dict[str, Any] = {}
     if chosen.named_by_prompt:
-        wanted = set(vbench_prompts(dimensions).first(num_prompts).prompts)
-        lines = tuple(line for line, prompt in enumerate(chosen.prompts) if prompt in wanted)
+        place = {prompt: line for line, prompt in enumerate(chosen.prompts)}
+        extra["lines"] = tuple(sorted(place[p] for p in vbench_prompts(dimensions).first(num_prompts).prompts))
         samples = 5 if samples is None else samples
+        if filtering:
+            of_flicker = {place[prompt] for prompt in vbench_prompts([FLICKER]).prompts} & set(extra["lines"])
+            extra["samples_of_line"] = dict.fromkeys(sorted(of_flicker), FILTER_SAMPLES)
+    if seed_rule is not None:
+        extra["line_stride"] = LINE_STRIDE if seed_rule == "line" else 0
     settings = Settings(
-        samples_per_prompt=1 if samples is None else samples, seed=seed, limit=limit, lines=lines, m=m, n=n,
-        guidance=guidance, batch_size=batch_size,
+        samples_per_prompt=1 if samples is None else samples, seed=seed, limit=limit, m=m, n=n, guidance=guidance,
+        batch_size=batch_size, **extra,
     )  # fmt: skip
     return chosen, settings
-
-
-@app.command("setup")
-def setup(
-    force: Annotated[bool, typer.Option("--force", help="Build it anew.")] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="Delete it.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
-) -> None:
-    """Build VBench's environment (about 40 s, 0.6 GB, needs the package index).
-
-    Example: tmd-eval vbench setup
-    """
-    import json
-
-    from tmd_eval.vbench import environment
-
-    if remove:
-        found = environment.remove()
-        path = str(environment.folder())
-        typer.echo(
-            json.dumps({"path": path, "removed": found})
-            if json_
-            else f"{path} {'removed' if found else 'was not there'}"
-        )
-        return
-    result = environment.setup(force=force, log=lambda text: typer.echo(text, err=True))
-    state = "built" if result["built"] else "already there"
-    text = f"{result['path']}: {state}, {result['megabytes']} MB, {result['seconds']} s"
-    typer.echo(json.dumps(result) if json_ else text)
-
-
-@app.command("doctor")
-def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False) -> None:
-    """For each of the sixteen dimensions: can it be scored here, and if not, why.
-
-    Example: tmd-eval vbench doctor
-    """
-    import json
-
-    from tmd_eval.vbench import runner
-
-    rows = runner.diagnose()
-    if json_:
-        typer.echo(json.dumps({"version": runner.official_version(), "dimensions": rows}))
-        return
-    for row in rows:
-        lacks = [*([row["reason"]] if row["reason"] else []), *(f"no {Path(p).name}" for p in row["missing_weights"])]
-        typer.echo(f"{row['dimension']:24} {'ready' if row['ready'] else '; '.join(lacks)}")

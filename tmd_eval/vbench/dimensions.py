@@ -10,8 +10,19 @@ from students.errors import ConfigError
 SAMPLES = 5
 """Videos a prompt (indices 0 to 4), fixed in the official package."""
 
+FILTER_SAMPLES = 25
+"""Videos a prompt of temporal_flickering's prompts before the static filter, by VBench's instructions."""
+LONG_SECONDS = 5.0
+"""From this length on, VBench's authors ask for VBench-Long."""
+
+_DINO = (
+    "dino_model/dino_vitbase16_pretrain.pth",
+    *(f"dino_model/facebookresearch_dino_main/{name}.py" for name in ("hubconf", "vision_transformer", "utils")),
+)
 _CLIP_B, _CLIP_L = "clip_model/ViT-B-32.pt", "clip_model/ViT-L-14.pt"
-_GRIT = "grit_model/grit_b_densecap_objectdet.pth"
+_RAFT = "raft_model/models/raft-things.pth"
+_BERT = tuple(f"bert-base-uncased/{name}" for name in ("vocab.txt", "config.json", "tokenizer_config.json"))
+_GRIT = ("grit_model/grit_b_densecap_objectdet.pth", *_BERT)
 _VICLIP = ("ViCLIP/ViClip-InternVid-10M-FLT.pth", "ViCLIP/bpe_simple_vocab_16e6.txt.gz")
 
 
@@ -25,26 +36,39 @@ class Dimension:
     """Factor from the official value of one video to the aggregate's scale."""
     needs_prompts: bool = False
     """It compares with what VBench records about its own prompts, so other videos cannot be scored."""
+    reads_prompt: bool = False
+    """It compares with the prompt's text, of any video."""
+    weight: str | None = None
+    """Key of a result row, or of its ``extra``, that weighs it in the official aggregate: a number, or a list whose
+    length counts; None for 1."""
 
 
 DIMENSIONS: dict[str, Dimension] = {
-    "subject_consistency": Dimension(weights=("dino_model/dino_vitbase16_pretrain.pth",)),
-    "background_consistency": Dimension(weights=(_CLIP_B,)),
+    "subject_consistency": Dimension(weights=_DINO, weight="frame_pairs"),
+    "background_consistency": Dimension(weights=(_CLIP_B,), weight="cnt_per_video"),
     "temporal_flickering": Dimension(),
     "motion_smoothness": Dimension(weights=("amt_model/amt-s.pth",)),
-    "dynamic_degree": Dimension(weights=("raft_model/models/raft-things.pth",)),
+    "dynamic_degree": Dimension(weights=(_RAFT,)),
     "aesthetic_quality": Dimension(weights=(_CLIP_L, "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth")),
     "imaging_quality": Dimension(weights=("pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",), scale=0.01),
-    "object_class": Dimension(weights=(_GRIT,), needs_prompts=True),
-    "multiple_objects": Dimension(weights=(_GRIT,), needs_prompts=True),
-    "human_action": Dimension(weights=("umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth",)),
-    "color": Dimension(weights=(_GRIT,), needs_prompts=True),
-    "spatial_relationship": Dimension(weights=(_GRIT,), needs_prompts=True),
-    "scene": Dimension(weights=("caption_model/tag2text_swin_14m.pth",), needs_prompts=True),
-    "appearance_style": Dimension(weights=(_CLIP_B,), needs_prompts=True),
-    "temporal_style": Dimension(weights=_VICLIP),
-    "overall_consistency": Dimension(weights=_VICLIP),
+    "object_class": Dimension(weights=_GRIT, needs_prompts=True, weight="frame_count"),
+    "multiple_objects": Dimension(weights=_GRIT, needs_prompts=True, weight="frame_count"),
+    "human_action": Dimension(weights=("umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth",), reads_prompt=True),
+    "color": Dimension(weights=_GRIT, needs_prompts=True),
+    "spatial_relationship": Dimension(weights=_GRIT, needs_prompts=True, weight="frame_results"),
+    "scene": Dimension(
+        weights=("caption_model/tag2text_swin_14m.pth", *_BERT, "bert-base-uncased/model.safetensors"),
+        needs_prompts=True,
+        weight="frame_count",
+    ),
+    "appearance_style": Dimension(weights=(_CLIP_B,), needs_prompts=True, weight="frame_results"),
+    "temporal_style": Dimension(weights=_VICLIP, reads_prompt=True),
+    "overall_consistency": Dimension(weights=_VICLIP, reads_prompt=True),
 }
+
+
+FILTER_WEIGHTS = (_RAFT,)
+"""What temporal_flickering's static filter reads."""
 
 
 def check_dimension(name: str) -> str:

@@ -26,6 +26,7 @@ from typing import IO
 from students.errors import ConfigError, EnvironmentMissingError
 from students.machine import home
 from tmd_eval.files import write_atomic, write_json
+from tmd_eval.vbench.detectron import code_folder
 
 SETUP = "tmd-eval vbench setup"
 STAMP = "tmd-eval.json"
@@ -185,7 +186,7 @@ def _link(target: Path) -> Path:
 
 def _shared_text() -> str:
     shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    return "".join(path + "\n" for path in shared)
+    return "".join(path + "\n" for path in (*shared, str(code_folder())))
 
 
 def _has(name: str) -> bool:

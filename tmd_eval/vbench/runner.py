@@ -1,45 +1,81 @@
-"""Starts VBench workers, one process and one dimension each, and checks what they send back."""
+"""Starts VBench workers, one process and one dimension each, and collects what they write.
+
+Every video's result is a line in ``RUN/scores/parts/{dimension}/*.jsonl`` under a key that covers all that decides it:
+dimension, engine, package version, weights, the file's bytes, its prompt. A result whose key is there is never computed
+again, whoever wrote it: an earlier run that was killed, another worker or another host on a shared file system.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
+import queue
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from students.errors import ConfigError, EnvironmentMissingError, IncompleteError, TmdError
+from students.errors import ConfigError, EnvironmentMissingError
 from students.machine import home
-from tmd_eval.vbench import environment
-from tmd_eval.vbench.dimensions import DIMENSIONS, check_dimension
+from tmd_eval.vbench import environment, weights
+from tmd_eval.vbench.dimensions import DIMENSIONS, FILTER_WEIGHTS, check_dimension
 
 WORKER = Path(__file__).with_name("worker.py")
+STATIC = "static_filter"
+"""Name of the static filter among the jobs."""
 
 
-class Score(NamedTuple):
-    """The score of one video."""
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One video to be scored."""
 
-    video: str
-    """File name."""
-    value: float
-    """On the scale of the official aggregate, 0 to 1."""
-    extra: dict[str, Any]
-    """What else the official package says about the video."""
+    key: str
+    """Of its result; see :func:`item_key`."""
+    path: Path
+    """The file."""
+    link: str
+    """File name that the official code sees: human action reads the label from it."""
+    prompt: str
+    """The prompt."""
+    auxiliary: Mapping[str, Any] | None = None
+    """VBench's record of the prompt."""
 
 
-def weights_folder() -> Path:
-    """Where VBench looks for its weights (``VBENCH_CACHE_DIR`` of the worker)."""
-    return home() / "vbench-weights"
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Videos of one dimension for one worker."""
+
+    dimension: str
+    """One of the sixteen, or ``STATIC``."""
+    items: Sequence[Item]
+    """The videos."""
+    parts: Path
+    """Folder of this dimension's results."""
+    name: str
+    """Stem of the files of results and log, its own for each rank and shard."""
 
 
-def missing_weights(dimension: str) -> list[Path]:
-    """The weight files a dimension needs that are not there."""
-    return [path for name in DIMENSIONS[dimension].weights if not (path := weights_folder() / name).is_file()]
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How many workers run at once, and where."""
+
+    count: int = 1
+    """Processes on this host."""
+    device: str = "cpu"
+    """ "cpu", or "cuda": then each worker gets one GPU."""
+    gpus: tuple[str, ...] = ()
+    """What ``CUDA_VISIBLE_DEVICES`` is set to for each; with "cuda" as many as ``count``."""
+    engine: str = "official"
+    """ "official" or "fast"."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set when the run is interrupted: nothing is retried any more."""
 
 
 def full_info() -> Path:
@@ -57,97 +93,118 @@ def full_info() -> Path:
     return found[0]
 
 
-def diagnose() -> list[dict[str, Any]]:
-    """What stands between each dimension and its score here.
+def official_version() -> str:
+    """Version of the package in the environment, as pip recorded it."""
+    found = metadata.distributions(name="vbench", path=[str(full_info().parents[1])])
+    return next(iter(found)).version
 
-    Returns:
-        For each of the sixteen: dimension, importable, reason (of a failed import, else None), missing_weights (paths),
-        ready.
+
+def import_problems() -> dict[str, str | None]:
+    """Why each of the sixteen dimensions cannot be imported; None where it can.
 
     Raises:
         EnvironmentMissingError: there is no environment, or it is broken as a whole.
     """
-    reply = _work({"action": "import", "dimensions": list(DIMENSIONS)}, timeout=600)
+    reply = _ask({"action": "import", "dimensions": list(DIMENSIONS)}, timeout=600)
     if not reply["ok"]:
         raise EnvironmentMissingError(
             f"VBench's environment does not work ({reply['error']}: {reply['message']}); "
             f"run {environment.SETUP} --force."
         )
-    rows = []
-    for name in DIMENSIONS:
-        reason, missing = reply["reasons"][name], [str(path) for path in missing_weights(name)]
-        ready = reason is None and not missing
-        rows.append(
-            {
-                "dimension": name, "importable": reason is None, "reason": reason, "missing_weights": missing,
-                "ready": ready,
-            }
-        )  # fmt: skip
-    return rows
+    return dict(reply["reasons"])
 
 
-def check_ready(dimension: str) -> None:
+def check_ready(dimension: str, *, unverified: bool = False) -> None:
     """Fail before any work if a dimension cannot be scored here.
 
     Raises:
-        ConfigError: no such dimension, or it needs what only VBench's own protocol gives.
+        ConfigError: no such dimension.
         EnvironmentMissingError: the environment or weights are missing; names each file.
     """
     check_dimension(dimension)
-    if DIMENSIONS[dimension].needs_prompts:
-        raise ConfigError(f"{dimension} needs VBench's record of its own prompts, which tmd-eval cannot use yet.")
     environment.python()
-    if missing := missing_weights(dimension):
-        raise EnvironmentMissingError(
-            f"{dimension} needs weights that are not here: {', '.join(map(str, missing))}; put the files there "
-            "(tmd-eval fetches none yet), or choose --dimensions temporal_flickering, which needs none."
-        )
+    weights.check(dimension, unverified=unverified)
 
 
-def score(dimension: str, videos: Sequence[Path], *, device: str = "cpu") -> list[Score]:
-    """Score videos in one dimension with the official package, in a process of its own, without network.
+def item_key(dimension: str, engine: str, digests: Mapping[str, str], video_sha256: str, item: Sequence[Any]) -> str:
+    """Hash over all that decides a video's result.
 
     Args:
-        dimension: see :func:`check_ready`, which must have passed.
-        videos: mp4 files with distinct names, checked to be readable.
-        device: "cpu" or "cuda".
+        dimension: one of the sixteen, or ``STATIC``.
+        engine: "official" or "fast".
+        digests: SHA-256 of the weights files.
+        video_sha256: of the video.
+        item: prompt, file name and record of the prompt, as far as the dimension reads them.
+    """
+    text = json.dumps([dimension, engine, official_version(), dict(digests), video_sha256, list(item)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digests(dimension: str) -> dict[str, str]:
+    """SHA-256 of the weights that a dimension, or the static filter, reads."""
+    if dimension == STATIC:
+        return {path: weights.sha256(weights.folder() / path) for path in FILTER_WEIGHTS}
+    return weights.hashes(dimension)
+
+
+def read_parts(parts: Path) -> dict[str, dict[str, Any]]:
+    """Every result in a folder of parts by key; half-written lines are passed over."""
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(parts.glob("*.jsonl")):
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                row = json.loads(line)
+                rows[row["key"]] = row
+            except (ValueError, KeyError, TypeError):
+                continue
+    return rows
+
+
+def is_result(dimension: str, row: Mapping[str, Any] | None) -> bool:
+    """Whether a row needs no second try: a number, or color's "nothing was detected"."""
+    return row is not None and (row["value"] is not None or (dimension == "color" and not row["extra"]))
+
+
+def run(jobs: Sequence[Job], workers: Workers) -> dict[str, str]:
+    """Run jobs, several at once, each with one second try; a job that fails does not stop the others.
+
+    Args:
+        jobs: disjoint videos; those with a result already are skipped.
+        workers: how many at once, and where.
 
     Returns:
-        One score a video, in the order given.
-
-    Raises:
-        IncompleteError: the package gave no score, or one that is not a number, for some videos; names them.
-        TmdError: the package failed, or its aggregate is not the mean of its per-video values.
+        Reason of each dimension of which a job failed twice.
     """
-    names = [path.name for path in videos]
-    with tempfile.TemporaryDirectory(prefix="tmd-eval-vbench-") as temporary:
-        clean = Path(temporary, "videos")
-        clean.mkdir()
-        for path in videos:  # links under the same names: nothing else in the user's folder reaches VBench
-            (clean / path.name).symlink_to(path.absolute())
-        work = Path(temporary, "work")
-        request = {"action": "score", "dimension": dimension, "device": device}
-        request |= {"videos": str(clean), "work": str(work), "full_info": str(full_info())}
-        reply = _work(request)
-    if not reply["ok"]:
-        print(reply["traceback"], file=sys.stderr)
-        raise TmdError(
-            f"VBench could not score {dimension}: {reply['error']}: {reply['message']} "
-            "(its traceback is above; tmd-eval vbench doctor checks the environment)."
-        )
-    rows = {Path(row["video_path"]).name: row for row in reply["rows"]}
-    values = {name: float(row["video_results"]) for name, row in rows.items()}
-    if lost := [name for name in names if not math.isfinite(values.get(name, math.nan))]:
-        raise IncompleteError(f"VBench gave no {dimension} for {list_names(lost)}; nothing was recorded.")
-    scale = DIMENSIONS[dimension].scale
-    mean = math.fsum(values[name] for name in names) * scale / len(names)
-    if not abs(mean - float(reply["aggregate"])) <= 1e-6:
-        raise TmdError(
-            f"VBench's {dimension} of {reply['aggregate']} is not the mean {mean} of its values per video, "
-            "so tmd-eval does not know how to aggregate it; nothing was recorded."
-        )
-    extras = {n: {k: v for k, v in row.items() if k not in ("video_path", "video_results")} for n, row in rows.items()}
-    return [Score(name, values[name] * scale, extras[name]) for name in names]
+    from tqdm import tqdm
+
+    places: queue.Queue[str] = queue.Queue()
+    for place in range(workers.count):
+        places.put(workers.gpus[place % len(workers.gpus)] if workers.gpus else "")
+    left = [job for job in (_pending(job) for job in jobs) if job.items]
+    failed: dict[str, str] = {}
+    total = sum(len(job.items) for job in left)
+    if not total:
+        return {}
+    with (
+        ThreadPoolExecutor(workers.count) as pool,
+        tqdm(total=total, desc="scoring", unit="video", file=sys.stderr, mininterval=1) as bar,
+    ):
+        try:
+            running: dict[Future[str | None], Job] = {pool.submit(_run_job, job, workers, places): job for job in left}
+            while running:
+                done, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    job = running.pop(future)
+                    if reason := future.result():
+                        failed[job.dimension] = reason
+                        tqdm.write(f"{job.dimension} failed twice: {reason}", file=sys.stderr)
+                bar.update(total - sum(len(_pending(job).items) for job in left) - bar.n)
+        except BaseException:
+            workers.stop.set()
+            for future in running:
+                future.cancel()
+            raise
+    return failed
 
 
 def list_names(names: Sequence[str], most: int = 20) -> str:
@@ -156,35 +213,116 @@ def list_names(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + more
 
 
-def official_version() -> str:
-    """Version of the package in the environment, as pip recorded it."""
-    found = metadata.distributions(name="vbench", path=[str(full_info().parents[1])])
-    return next(iter(found)).version
+def devices(device: str, count: int | None) -> Workers:
+    """Where workers run: one a GPU on "cuda", on the CPU as many as asked for, by default one.
+
+    Under torchrun each process is one worker, on the GPU of its ``LOCAL_RANK``.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none, or the count is below 1.
+    """
+    if count is not None and count < 1:
+        raise ConfigError(f"--workers must be at least 1, not {count}.")
+    local = os.environ.get("LOCAL_RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    if device == "cpu":
+        return Workers(count=count or 1, device="cpu")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"There is no GPU here for --device {device}; leave it out or choose cpu.")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if ":" in device:
+        names = [names[int(device.split(":")[1])]]
+    elif local is not None:
+        names = [names[int(local)]]
+    return Workers(count=count or len(names), device="cuda", gpus=tuple(names))
 
 
-def _work(request: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-    """One request to a fresh worker; its output goes to our stderr only if it fails."""
+def _pending(job: Job) -> Job:
+    rows = read_parts(job.parts)
+    left = [item for item in job.items if not is_result(job.dimension, rows.get(item.key))]
+    return Job(dimension=job.dimension, items=left, parts=job.parts, name=job.name)
+
+
+def _run_job(job: Job, workers: Workers, places: queue.Queue[str]) -> str | None:
+    """Why the job failed twice, None if it did not."""
+    place, reason = places.get(), None
+    try:
+        for attempt in (1, 2):
+            job = _pending(job)
+            if workers.stop.is_set() or not job.items:
+                return None
+            reason = _score(job, workers, place, attempt)
+            if reason is None:
+                return None
+        return reason
+    finally:
+        places.put(place)
+
+
+def _score(job: Job, workers: Workers, gpu: str, attempt: int) -> str | None:
+    job.parts.mkdir(parents=True, exist_ok=True)
+    log = job.parts / f"{job.name}.log"
+    with tempfile.TemporaryDirectory(prefix="tmd-eval-vbench-") as temporary:
+        videos = []
+        for place, item in enumerate(job.items):  # links in folders of their own: no name can meet another
+            link = Path(temporary, "videos", f"{place:06d}", item.link)
+            link.parent.mkdir(parents=True)
+            link.symlink_to(item.path.absolute())
+            videos.append({"key": item.key, "path": str(link), "prompt": item.prompt, "auxiliary_info": item.auxiliary})
+        request = {
+            "action": "static" if job.dimension == STATIC else "score", "dimension": job.dimension,
+            "device": workers.device, "videos": videos, "results": str(job.parts / f"{job.name}.jsonl"),
+            "work": temporary, "engine": workers.engine, "weights": str(weights.folder() / FILTER_WEIGHTS[0]),
+        }  # fmt: skip
+        reply = _ask(request, gpu=gpu, log=log, append=attempt > 1, work=Path(temporary))
+    if reply["ok"]:
+        return None
+    return f"{reply['error']}: {reply['message']} (log: {log})"
+
+
+def _ask(
+    request: dict[str, Any],
+    *,
+    timeout: float | None = None,
+    gpu: str = "",
+    log: Path | None = None,
+    append: bool = False,
+    work: Path | None = None,
+) -> dict[str, Any]:
+    """One request to a fresh worker; its output goes to the log."""
     with tempfile.TemporaryDirectory(prefix="tmd-eval-worker-") as temporary:
+        folder = work or Path(temporary)
         ask, answer = Path(temporary, "request.json"), Path(temporary, "reply.json")
         ask.write_text(json.dumps(request))
-        command = [str(environment.python()), "-I", str(WORKER), str(ask), str(answer)]
-        done = subprocess.run(
-            command, cwd=temporary, env=_environment(), text=True, capture_output=True, timeout=timeout
-        )
+        bert = folder / "bert-base-uncased"  # transformers looks for this name in the current folder first
+        bert.symlink_to(weights.folder() / "bert-base-uncased")
+        output = log or Path(temporary, "log")
+        with output.open("ab" if append else "wb") as stream:
+            done = subprocess.run(
+                [str(environment.python()), "-I", str(WORKER), str(ask), str(answer)],
+                cwd=folder, env=_environment(gpu), stdout=stream, stderr=stream, timeout=timeout,
+            )  # fmt: skip
         if not answer.is_file():  # killed, or out of memory
-            tail = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return {"ok": False, "error": f"worker ended with {done.returncode}", "message": tail, "traceback": ""}
-        return dict(json.loads(answer.read_text()))
+            tail = (output.read_text(errors="replace").strip().splitlines() or ["no message"])[-1][:300]
+            return {"ok": False, "error": f"worker ended with {done.returncode}", "message": tail}
+        reply = dict(json.loads(answer.read_text()))
+        if not reply["ok"]:
+            with output.open("a") as file:
+                file.write(reply["traceback"])
+        return reply
 
 
-def _environment() -> dict[str, str]:
-    cache = home()
+def _environment(gpu: str = "") -> dict[str, str]:
     nowhere = "http://127.0.0.1:9"  # for the programs VBench starts (wget, git); Python's sockets are refused anyway
+    dropped = ("PYTHONPATH", "PYTHONHOME", "no_proxy", "NO_PROXY", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     return {
-        **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "no_proxy", "NO_PROXY")},
-        "VBENCH_CACHE_DIR": str(weights_folder()),
-        "TORCH_HOME": str(cache / "torch"),
-        "HF_HOME": str(cache / "huggingface"),
+        **{k: v for k, v in os.environ.items() if k not in dropped},
+        **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
+        "VBENCH_CACHE_DIR": str(weights.folder()),
+        "TORCH_HOME": str(weights.folder() / "torch"),
+        "HF_HOME": str(home() / "huggingface"),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         **{name: nowhere for scheme in ("http", "https", "ftp", "all") for name in (f"{scheme}_proxy",)},

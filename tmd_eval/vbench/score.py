@@ -1,194 +1,337 @@
-"""Which videos a VBench dimension is scored on, and from their scores to ``scores/``.
+"""From a folder of videos to ``scores/``: check the videos, run the workers, aggregate, summarise.
 
-Two protocols. *Standard*: the folder's videos bear VBench's names, ``{prompt}-{index}.mp4``, and a dimension is scored
-on five videos of each of its own prompts. *Custom*: any other videos, each scored as it is. VBench itself shrinks the
-denominator when videos are missing; here a missing, unreadable or unscorable video means no score, unless the run was
-meant to be smaller, and then ``completeness`` says so. The optional static filter of temporal_flickering is not
-applied.
+A missing, unreadable or odd video means no score unless ``allow_partial``, and then every figure is marked partial and
+there is no total. A dimension that crashed, or gave something that is not a number, is "not measured", never 0.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import yaml
 
 from students.errors import ConfigError, IncompleteError
-from tmd_eval import video_set
-from tmd_eval.prompts import vbench_prompts
-from tmd_eval.scores import merge_summary, write_rows
-from tmd_eval.vbench import VERSION, runner
-from tmd_eval.vbench.dimensions import SAMPLES
-from tmd_eval.video import check_video
+from tmd_eval.files import write_atomic
+from tmd_eval.scores import write_rows
+from tmd_eval.vbench import plan, runner
+from tmd_eval.vbench.dimensions import DIMENSIONS, SAMPLES, check_dimension
+from tmd_eval.vbench.plan import Facts, Selection, Video
+from tmd_eval.vbench.ranks import Ranks
+from tmd_eval.vbench.runner import STATIC, Item, Job, Workers
+from tmd_eval.vbench.summary import Scored, write_summary
+
+PARTS = Path("scores", "parts")
+
+
+class NotMeasuredError(IncompleteError):
+    """Some dimensions could not be measured; the others are written."""
+
+    def __init__(self, message: str, record: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.record = record
+        """Content of ``scores/vbench.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The videos one dimension is scored on."""
+class Options:
+    """How a folder is scored."""
 
-    videos: list[Path]
-    """Files, sorted as they are recorded."""
-    prompts: list[str]
-    """The prompt of each, which intervals resample; the file's own name where none is known."""
-    missing: list[str]
-    """Names of videos that should be there and are not."""
-    expected: int
-    """Videos the protocol asks for, of which ``completeness`` is a share."""
-    protocol: str
-    """ "standard" or "custom"."""
+    allow_partial: bool = False
+    """Score what is there; every figure is then marked partial."""
+    static_filter: bool | None = None
+    """Whether temporal_flickering is scored on the five stillest samples' first; None: if there are more than five."""
+    unverified: bool = False
+    """Take weights whose hash differs from the published one."""
+    prompts: Mapping[str, str] | None = None
+    """Prompt of each file, for videos with names of their own."""
 
 
-def score(folder: Path, out: Path, dimensions: Sequence[str], *, device: str = "cpu") -> dict[str, Any]:
+@dataclass(kw_only=True)
+class Found:
+    """What is known of the videos before they are scored."""
+
+    facts: dict[Path, Facts] = field(default_factory=dict)
+    """Of every video that can be read."""
+    broken: dict[Path, str] = field(default_factory=dict)
+    """What is wrong with the others."""
+
+
+def score(
+    folder: Path,
+    out: Path,
+    dimensions: Sequence[str],
+    *,
+    workers: Workers | None = None,
+    options: Options | None = None,
+) -> dict[str, Any]:
     """Score a folder of videos, or a run, and write ``out/scores``.
 
     Args:
         folder: a run folder, its ``videos/``, or any folder with mp4 files.
         out: run folder for the scores.
         dimensions: names of VBench dimensions.
-        device: "cpu" or "cuda".
+        workers: how many at once, and where; one on the CPU by default.
+        options: see the class.
 
     Returns:
-        The summary's entries of these dimensions.
+        The content of ``scores/vbench.json``: protocol, scores, totals, what was not measured.
 
     Raises:
         ConfigError: no such dimension or folder, or no video in it.
-        IncompleteError: videos are missing, unreadable or got no number; names them, and nothing is written.
+        IncompleteError: videos are missing, unreadable or odd; then nothing is scored.
+        NotMeasuredError: a dimension could not be measured; the others are written.
         EnvironmentMissingError: VBench's environment or weights are missing.
     """
+    workers, options = workers or Workers(), options or Options()
     for dimension in dimensions:
-        runner.check_ready(dimension)
-    selections = {dimension: select(folder, dimension) for dimension in dimensions}
-    for dimension, selection in selections.items():
-        check_selection(dimension, selection)
-    _check_readable({video: None for selection in selections.values() for video in selection.videos})
-    entries: dict[str, Any] = {}
-    for dimension, selection in selections.items():
-        scores = runner.score(dimension, selection.videos, device=device)
-        extra = [{"prompt": prompt, "protocol": selection.protocol} for prompt in selection.prompts]
-        rows = [
-            {"video": s.video, "value": s.value, "extra": {**e, **s.extra}} for s, e in zip(scores, extra, strict=True)
-        ]
-        write_rows(out, dimension, rows)
-        entries[dimension] = summarize([s.value for s in scores], selection)
-        merge_summary(out, {dimension: entries[dimension]})
-    return entries
-
-
-def select(folder: Path, dimension: str) -> Selection:
-    """The videos of a folder that a dimension is scored on; see the module.
-
-    Raises:
-        ConfigError: no such folder, or no video in it.
-    """
-    run, videos = _locate(Path(folder))
-    if run is not None:
-        return _select_run(run, dimension)
-    names = sorted(path.name for path in videos.iterdir() if path.suffix.lower() == ".mp4" and path.is_file())
-    names = [name for name in names if not name.startswith(".")]
-    if not names:
-        raise ConfigError(f"{videos} holds no mp4 file; give a folder of videos or a run.")
-    every = {f"{prompt}-{index}.mp4" for prompt in vbench_prompts().prompts for index in range(SAMPLES)}
-    if every.isdisjoint(names):
-        return Selection(
-            videos=[videos / name for name in names], prompts=names, missing=[], expected=len(names), protocol="custom"
+        runner.check_ready(check_dimension(dimension), unverified=options.unverified)
+    with Ranks() as ranks:
+        filtered = _filters(folder, dimensions, options)
+        selections = {
+            name: plan.select(
+                folder, name, prompts=options.prompts, filtered=filtered and name == "temporal_flickering"
+            )
+            for name in dimensions
+        }
+        for name, selection in selections.items():
+            plan.check_selection(name, selection, allow_partial=options.allow_partial)
+        found = _look(selections.values(), out, ranks)
+        usual = _promised(folder)
+        selections = {name: _usable(name, s, found, usual, options) for name, s in selections.items()}
+        failed: dict[str, str] = {}
+        filter_record = None
+        if filtered:
+            selections["temporal_flickering"], filter_record = _keep_still(
+                selections["temporal_flickering"], found, out, workers, ranks, options
+            )
+        items = {name: _items(name, selection, found, workers.engine) for name, selection in selections.items()}
+        failed |= _run(items, out, workers, ranks)
+        if ranks.rank:
+            return {}
+        scored = {name: _collect(name, selections[name], items[name], out, failed) for name in dimensions}
+        for name, one in scored.items():
+            if one.rows:
+                write_rows(out, name, one.rows)
+        record = write_summary(
+            out, scored, folder=folder, engine=workers.engine, found=found.facts, static_filter=filter_record,
+            unverified=options.unverified, device=workers.device,
+        )  # fmt: skip
+    if lost := {name: record["not_measured"][name] for name in dimensions if name in record["not_measured"]}:
+        named = "; ".join(f"{name} ({reason})" for name, reason in lost.items())
+        raise NotMeasuredError(
+            f"Not measured: {named}. The other dimensions are recorded; run the same command again to try these again.",
+            record,
         )
-    if strays := [name for name in names if name not in every]:
-        print(f"not VBench's, left out: {runner.list_names(strays)}", file=sys.stderr)
-    wanted = [(p, f"{p}-{index}.mp4") for p in vbench_prompts([dimension]).prompts for index in range(SAMPLES)]
-    present = [(prompt, name) for prompt, name in wanted if name in set(names)]
-    return Selection(
-        videos=[videos / name for _, name in present],
-        prompts=[prompt for prompt, _ in present],
-        missing=[name for _, name in wanted if name not in set(names)],
-        expected=len(wanted),
-        protocol="standard",
-    )
+    return record
 
 
-def check_selection(dimension: str, selection: Selection) -> None:
-    """Refuse an incomplete selection.
-
-    Raises:
-        IncompleteError: videos are missing; names them.
-    """
-    if selection.missing:
-        total = len(selection.missing) + len(selection.videos)
-        raise IncompleteError(
-            f"{len(selection.missing)} of {total} videos for {dimension} are missing: "
-            f"{runner.list_names(selection.missing)}; nothing was scored."
+def _filters(folder: Path, dimensions: Sequence[str], options: Options) -> bool:
+    """Whether the static filter is applied; says so when the protocol would want it and it is not."""
+    name = "temporal_flickering"
+    if name not in dimensions or not plan.is_standard(folder) or options.prompts is not None:
+        if options.static_filter:
+            raise ConfigError("The static filter belongs to temporal_flickering of VBench's own prompts.")
+        return False
+    more = bool(plan.select(folder, name, filtered=True).candidates)
+    wanted = more if options.static_filter is None else options.static_filter
+    if not wanted and options.static_filter is None:
+        print(
+            "temporal_flickering without its static filter, which needs more than five samples a prompt (25 by the "
+            "protocol); this is recorded",
+            file=sys.stderr,
         )
-    if not selection.videos:
-        raise IncompleteError(f"The run has no video of a prompt of {dimension}; generate some first.")
+    return wanted
 
 
-def summarize(values: Sequence[float], selection: Selection) -> dict[str, Any]:
-    """The entry of ``summary.json``: mean of the videos' values, 95 % bootstrap interval over prompts.
+def _look(selections: Any, out: Path, ranks: Ranks) -> Found:
+    """Decode every video once, each rank its share; what was read before under the same hash is not read again."""
+    from hashlib import file_digest
 
-    Args:
-        values: one a video, on the aggregate's scale.
-        selection: the videos; with a single prompt there is no interval (None).
-    """
-    from tmd_eval.micro_scores import mean_interval
-
-    _, clusters = np.unique(np.array(selection.prompts), return_inverse=True)
-    value, low, high = mean_interval(np.array(values), clusters)
-    single = clusters.max() == 0
-    return {
-        "n": len(values), "value": value, "low": None if single else low, "high": None if single else high,
-        "completeness": len(values) / selection.expected, "metric_version": VERSION, "weight_hashes": {},
-    }  # fmt: skip
-
-
-def _select_run(run: Path, dimension: str) -> Selection:
-    rows = video_set.read_manifest(run)
-    standard = any(not row["video"].startswith(f"{row['line']:05d}-") for row in rows)
-    whole_set = vbench_prompts().prompts if standard else None
-    listed = {row["video"] for row in rows}
-    planned = video_set.planned_videos(run, whole_set)
-    missing = [name for name in planned if name not in listed or not (run / video_set.VIDEOS / name).is_file()]
-    expected = len(rows) + len([name for name in planned if name not in listed])
-    if standard:
-        of_dimension = set(vbench_prompts([dimension]).prompts)
-        rows = [row for row in rows if row["prompt"] in of_dimension and row["index"] < SAMPLES]
-        names = {f"{prompt}-{index}.mp4" for prompt in of_dimension for index in range(SAMPLES)}
-        missing, expected = [name for name in missing if name in names], len(names)
-    there = [row for row in rows if (run / video_set.VIDEOS / row["video"]).is_file()]
-    missing += [row["video"] for row in rows if row not in there and row["video"] not in missing]
-    return Selection(
-        videos=[run / video_set.VIDEOS / row["video"] for row in there],
-        prompts=[row["prompt"] for row in there],
-        missing=missing,
-        expected=expected,
-        protocol="standard" if standard else "custom",
-    )
-
-
-def _locate(folder: Path) -> tuple[Path | None, Path]:
-    """(run folder or None, folder of the videos)."""
-    if not folder.is_dir():
-        raise ConfigError(f"There is no folder {folder}.")
-    if (folder / video_set.MANIFEST).is_file() and (folder / video_set.VIDEOS).is_dir():
-        return folder, folder / video_set.VIDEOS
-    if folder.absolute().name == video_set.VIDEOS and (folder.absolute().parent / video_set.MANIFEST).is_file():
-        return folder.absolute().parent, folder
-    return None, folder
-
-
-def _check_readable(videos: dict[Path, None]) -> None:
     from tqdm import tqdm
 
-    broken = []
-    for video in tqdm(videos, desc="checking", unit="video", file=sys.stderr):
-        try:
-            if check_video(video) < 2:
-                broken.append(f"{video.name} (a single frame)")
-        except ConfigError:
-            broken.append(f"{video.name} (unreadable or truncated)")
-    if broken:
+    from tmd_eval.video import describe_video
+
+    parts = out / PARTS / "videos"
+    known = {row["key"]: row for row in runner.read_parts(parts).values()}
+    paths = list(dict.fromkeys(v.path for s in selections for v in (*s.videos, *s.candidates)))
+    found, new = Found(), []
+    for path in tqdm(paths[ranks.rank :: ranks.world], desc="checking", unit="video", file=sys.stderr, mininterval=1):
+        with path.open("rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+        row = known.get(digest)
+        if row is None:
+            try:
+                frames, height, width, fps = describe_video(path)
+            except ConfigError:
+                found.broken[path] = "unreadable or truncated"
+                continue
+            row = {"key": digest, "frames": frames, "height": height, "width": width, "fps": fps}
+            new.append(row)
+        if row["frames"] < 2:
+            found.broken[path] = "a single frame"
+            continue
+        found.facts[path] = Facts(sha256=digest, **{k: row[k] for k in ("frames", "height", "width", "fps")})
+    if new:
+        parts.mkdir(parents=True, exist_ok=True)
+        mine = parts / f"{ranks.rank}.jsonl"
+        old = mine.read_text() if mine.is_file() else ""
+        write_atomic(mine, old + "".join(json.dumps(row) + "\n" for row in new))
+    result = Found()
+    for other in ranks.gather(found):
+        result.facts |= other.facts
+        result.broken |= other.broken
+    return result
+
+
+def _promised(folder: Path) -> tuple[int, int, int, float] | None:
+    """Frames, height, width and fps that a run's configuration promises; None for other folders."""
+    run, _ = plan.locate(folder)
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text("utf-8")) if run else {}
+        return int(config["frames"]), int(config["size"][0]), int(config["size"][1]), float(config["fps"])
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _usable(
+    dimension: str,
+    selection: Selection,
+    found: Found,
+    usual: tuple[int, int, int, float] | None,
+    options: Options,
+) -> Selection:
+    """The selection without the videos that cannot be scored.
+
+    Raises:
+        IncompleteError: there are some, and partial scores are not wanted.
+    """
+    reasons = dict(found.broken)
+    if selection.protocol == "standard" or usual is not None:
+        reasons |= plan.odd_ones(found.facts, [video.path for video in selection.videos], usual)
+    bad = [f"{video.name} ({reasons[video.path]})" for video in selection.videos if video.path in reasons]
+    good = [video for video in selection.videos if video.path not in reasons]
+    if bad and not (options.allow_partial and good):
         raise IncompleteError(
-            f"{len(broken)} of {len(videos)} videos cannot be scored: {runner.list_names(broken)}; nothing was scored."
+            f"{len(bad)} of {len(selection.videos)} videos cannot be scored in {dimension}: {runner.list_names(bad)}; "
+            "nothing was scored. Make them anew, or score the others with --allow-partial."
         )
+    return Selection(
+        videos=good, missing=[*selection.missing, *bad], expected=selection.expected, protocol=selection.protocol,
+        candidates=[video for video in selection.candidates if video.path not in reasons],
+    )  # fmt: skip
+
+
+def _keep_still(
+    selection: Selection, found: Found, out: Path, workers: Workers, ranks: Ranks, options: Options
+) -> tuple[Selection, dict[str, Any]]:
+    """The first five videos of each prompt that the static filter passes.
+
+    Raises:
+        IncompleteError: a prompt has fewer than five, and partial scores are not wanted.
+    """
+    everything = [*selection.videos, *selection.candidates]
+    whole = Selection(videos=everything, expected=len(everything), protocol="standard")
+    items = {STATIC: _items(STATIC, whole, found, workers.engine)}
+    if failed := _run(items, out, workers, ranks):
+        raise IncompleteError(f"The static filter failed: {failed[STATIC]}; see there, or give --no-static-filter.")
+    rows = runner.read_parts(out / PARTS / STATIC)
+    by_prompt: dict[str, list[Video]] = {video.prompt: [] for video in everything}
+    order = {video.path: video for video in everything}
+    for video, item in zip(order.values(), items[STATIC], strict=True):
+        if rows[item.key]["value"]:
+            by_prompt[video.prompt].append(video)
+    kept = {prompt: videos[:SAMPLES] for prompt, videos in by_prompt.items()}
+    short = {prompt: SAMPLES - len(videos) for prompt, videos in kept.items() if len(videos) < SAMPLES}
+    record = {
+        "applied": True, "videos": len(everything), "still": sum(map(len, by_prompt.values())),
+        "kept": sum(map(len, kept.values())), "prompts_with_fewer_than_five": len(short),
+    }  # fmt: skip
+    if short and not options.allow_partial:
+        names = [f"{prompt!r} lacks {count}" for prompt, count in short.items()]
+        raise IncompleteError(
+            f"{len(short)} of {len(kept)} prompts have fewer than five still videos: {runner.list_names(names)}. "
+            "Sample more of them, give --no-static-filter, or score what is there with --allow-partial."
+        )
+    return (
+        Selection(
+            videos=[video for videos in kept.values() for video in videos],
+            missing=[f"{prompt} (a still video)" for prompt, count in short.items() for _ in range(count)],
+            expected=selection.expected, protocol="standard",
+        ),
+        record,
+    )  # fmt: skip
+
+
+def _items(dimension: str, selection: Selection, found: Found, engine: str) -> list[Item]:
+    reads = dimension != STATIC and (DIMENSIONS[dimension].reads_prompt or DIMENSIONS[dimension].needs_prompts)
+    digests = runner.digests(dimension)
+    items = []
+    for video in selection.videos:
+        link = _link_name(video) if selection.protocol == "custom" else video.name
+        auxiliary = (video.auxiliary or {}).get(dimension) if dimension != STATIC else None
+        seen = [video.prompt, link, auxiliary] if reads else []
+        key = runner.item_key(dimension, engine, digests, found.facts[video.path].sha256, seen)
+        record = None if auxiliary is None else {dimension: auxiliary}
+        items.append(Item(key=key, path=video.path, link=link, prompt=video.prompt, auxiliary=record))
+    return items
+
+
+def _link_name(video: Video) -> str:
+    """Human action takes the label from the file's name, so a custom video is shown under its prompt."""
+    text = video.prompt.removesuffix(".mp4").replace("/", " ").replace("\0", " ").encode()[:200].decode(errors="ignore")
+    return f"{text}-0.mp4"
+
+
+def _run(items: Mapping[str, list[Item]], out: Path, workers: Workers, ranks: Ranks) -> dict[str, str]:
+    """Score this rank's share; returns what failed on any rank."""
+    jobs = []
+    for dimension, every in items.items():
+        unique = list({item.key: item for item in every}.values())[ranks.rank :: ranks.world]
+        shards = min(workers.count, len(unique))
+        for shard in range(shards):
+            jobs.append(
+                Job(
+                    dimension=dimension, items=unique[shard::shards], parts=out / PARTS / dimension,
+                    name=f"{ranks.rank}-{shard}",
+                )
+            )  # fmt: skip
+    failed: dict[str, str] = {}
+    for one in ranks.gather(runner.run(jobs, workers)):
+        failed |= one
+    return failed
+
+
+def _collect(
+    dimension: str, selection: Selection, items: Sequence[Item], out: Path, failed: Mapping[str, str]
+) -> Scored:
+    """The rows of a dimension, in the plan's order, from the parts."""
+    results = runner.read_parts(out / PARTS / dimension)
+    one = DIMENSIONS[dimension]
+    rows, lost, undetected, seconds = [], [], 0, []
+    for video, item in zip(selection.videos, items, strict=True):
+        result = results.get(item.key)
+        if not runner.is_result(dimension, result):
+            lost.append(video.name)
+            continue
+        assert result is not None
+        seconds.append(float(result["seconds"]))
+        if result["value"] is None:
+            undetected += 1
+            continue
+        extra = {"prompt": video.prompt, "protocol": selection.protocol, **result["extra"]}
+        rows.append({"video": video.name, "value": result["value"] * one.scale, "extra": extra})
+    reason = failed.get(dimension)
+    if lost and reason is None:
+        reason = f"VBench gave no number for {runner.list_names(lost)}"
+    if not rows and reason is None:
+        reason = "the detector found no object of any prompt with a colour"
+    return Scored(
+        dimension=dimension, rows=[] if lost else rows, reason=reason if lost or not rows else None,
+        n=len(rows), undetected=undetected, missing=selection.missing, expected=selection.expected,
+        protocol=selection.protocol, seconds=seconds,
+    )  # fmt: skip

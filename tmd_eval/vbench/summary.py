@@ -1,0 +1,228 @@
+"""``scores/summary.json`` and ``scores/vbench.json`` of a run: aggregates, intervals, totals, and the protocol."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from students.errors import ConfigError
+from tmd_eval.files import write_json
+from tmd_eval.scores import merge_summary
+from tmd_eval.vbench import VERSION, plan, runner, statistics, weights
+from tmd_eval.vbench.dimensions import DIMENSIONS, LONG_SECONDS
+from tmd_eval.vbench.plan import Facts
+from tmd_eval.vbench.statistics import Sums
+from tmd_eval.vbench.totals import Totals
+
+RECORD = Path("scores", "vbench.json")
+TOTALS = {key: f"vbench_{key}" for key in Totals._fields}
+"""Names of the totals in summary.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What came of one dimension."""
+
+    dimension: str
+    """Its name."""
+    rows: list[dict[str, Any]]
+    """Rows of ``scores/{dimension}.jsonl``; none if it was not measured."""
+    reason: str | None
+    """Why it was not measured."""
+    n: int
+    """Videos that enter the average."""
+    undetected: int
+    """Videos of color that the official average leaves out, as no object with a colour was found in them."""
+    missing: list[str]
+    """Videos that the protocol wants and that are not there."""
+    expected: int
+    """Videos that the protocol asks for."""
+    protocol: str
+    """ "standard" or "custom"."""
+    seconds: list[float] = field(default_factory=list)
+    """Time of each video in its worker, loading the model not counted."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether fewer videos were scored than the protocol asks for."""
+        return self.n + self.undetected < self.expected
+
+
+def row_weight(dimension: str, extra: Mapping[str, Any]) -> float:
+    """Weight of a video in the official aggregate of one process."""
+    key = DIMENSIONS[dimension].weight
+    if key is None:
+        return 1.0
+    value = extra[key]
+    return float(len(value) if isinstance(value, list) else value)
+
+
+def sums_of(dimension: str, rows: Sequence[Mapping[str, Any]]) -> Sums:
+    """Sums per prompt of the rows of ``scores/{dimension}.jsonl``."""
+    return statistics.sums(
+        [row["extra"]["prompt"] for row in rows],
+        [row["value"] for row in rows],
+        [row_weight(dimension, row["extra"]) for row in rows],
+    )
+
+
+def read_sums(run: Path) -> dict[str, Sums]:
+    """Sums of every VBench dimension that a run has scores of.
+
+    Raises:
+        ConfigError: none, or a file is broken.
+    """
+    found = {}
+    for dimension in DIMENSIONS:
+        path = run / "scores" / f"{dimension}.jsonl"
+        if not path.is_file():
+            continue
+        try:
+            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            found[dimension] = sums_of(dimension, rows)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is broken ({error!r}); score the run again.") from error
+    if not found:
+        raise ConfigError(f"{run} has no scores of VBench; make them with: tmd-eval vbench --videos {run} --out {run}")
+    return found
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """``scores/vbench.json`` of a run.
+
+    Raises:
+        ConfigError: there is none, or it is broken.
+    """
+    try:
+        return dict(json.loads((run / RECORD).read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{run} has no {RECORD}; score it with: tmd-eval vbench --videos {run} --out {run}"
+        ) from error
+
+
+def write_summary(
+    out: Path,
+    scored: Mapping[str, Scored],
+    *,
+    folder: Path,
+    engine: str,
+    found: Mapping[Path, Facts],
+    static_filter: Mapping[str, Any] | None,
+    unverified: bool,
+    device: str,
+) -> dict[str, Any]:
+    """Merge the dimensions into ``summary.json`` and write ``vbench.json``; returns the latter's content.
+
+    Dimensions scored earlier stay, and count for the totals, if they are of the same protocol.
+    """
+    version = VERSION + ("" if engine == "official" else f"+{engine}")
+    protocol = _protocol(scored, folder, found, static_filter)
+    old = _earlier(out, {"version": version, "protocol": protocol})
+    dimensions: dict[str, Any] = dict(old.get("dimensions", {}))
+    not_measured = {k: v for k, v in old.get("not_measured", {}).items() if k not in scored}
+    entries = {}
+    for name, one in scored.items():
+        dimensions.pop(name, None)
+        if one.reason is not None:
+            not_measured[name] = one.reason
+            (out / "scores" / f"{name}.jsonl").unlink(missing_ok=True)
+            continue
+        value, low, high = statistics.interval(sums_of(name, one.rows))
+        unfiltered = name == "temporal_flickering" and one.protocol == "standard" and not static_filter
+        entries[name] = {
+            "n": one.n, "value": value, "low": low, "high": high,
+            "completeness": (one.n + one.undetected) / one.expected,
+            "metric_version": version + (" without static filter" if unfiltered else ""),
+            "weight_hashes": weights.hashes(name),
+        }  # fmt: skip
+        dimensions[name] = {
+            **{key: entries[name][key] for key in ("n", "value", "low", "high")}, "partial": one.partial,
+            "missing": len(one.missing), "undetected": one.undetected, "weights": entries[name]["weight_hashes"],
+        }  # fmt: skip
+        if one.partial:
+            entries[name]["partial"] = True
+    gone = [*not_measured, *TOTALS.values()]
+    whole = len(dimensions) == len(DIMENSIONS) and not any(d["partial"] for d in dimensions.values())
+    totals = None
+    if whole and protocol["set"] == "standard":
+        totals = {
+            key: {"value": value, "low": low, "high": high}
+            for key, (value, low, high) in statistics.totals_intervals(read_sums(out)).items()
+        }
+        for key, total in totals.items():
+            entries[TOTALS[key]] = {
+                "n": sum(d["n"] for d in dimensions.values()), **total, "completeness": 1.0,
+                "metric_version": version, "weight_hashes": {},
+            }  # fmt: skip
+    _forget(out, [name for name in gone if name not in entries])
+    merge_summary(out, entries)
+    record = {
+        "version": version, "package": runner.official_version(), "engine": engine, "device": device,
+        "unverified_weights": unverified, "protocol": protocol,
+        "dimensions": {name: dimensions[name] for name in DIMENSIONS if name in dimensions},
+        "totals": totals, "not_measured": not_measured,
+    }  # fmt: skip
+    write_json(out / RECORD, record)
+    return record
+
+
+def _protocol(
+    scored: Mapping[str, Scored], folder: Path, found: Mapping[Path, Facts], static_filter: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What was scored by which rules, as far as it can be known from the folder."""
+    run, _ = plan.locate(Path(folder))
+    config: dict[str, Any] = {}
+    if run is not None and (run / "config.yaml").is_file():
+        config = yaml.safe_load((run / "config.yaml").read_text("utf-8")) or {}
+    kind = next(iter(scored.values())).protocol
+    clip = Counter((f.frames, f.height, f.width, f.fps) for f in found.values()).most_common(1)[0][0]
+    seconds = clip[0] / clip[3]
+    if seconds >= LONG_SECONDS:
+        print(
+            f"warning: clips of {seconds:.2f} s; VBench's authors ask for VBench-Long from {LONG_SECONDS:g} s on, "
+            "whose scores differ by points. This is plain VBench, and recorded as such.",
+            file=sys.stderr,
+        )
+    return {
+        "set": kind,
+        "rule": "VBench",
+        "long_rule_applies": seconds >= LONG_SECONDS,
+        "frames": clip[0], "height": clip[1], "width": clip[2], "fps": clip[3],
+        "prompts": config.get("prompts"),
+        "texts": config.get("texts", "original" if config else None),
+        "seed": config.get("seed"),
+        "seed_rule": config.get("seed_rule"),
+        "samples_per_prompt": config.get("samples_per_prompt", 5 if kind == "standard" else None),
+        "static_filter": dict(static_filter) if static_filter else {"applied": False},
+    }  # fmt: skip
+
+
+def _earlier(out: Path, same: Mapping[str, Any]) -> dict[str, Any]:
+    """The earlier record, if its version and protocol are those of now but for the static filter."""
+    try:
+        old = dict(json.loads((out / RECORD).read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}
+    ignored = {"static_filter", "frames", "height", "width", "fps"}
+    before, now = (
+        {k: v for k, v in p.items() if k not in ignored} for p in (old.get("protocol", {}), same["protocol"])
+    )
+    return old if old.get("version") == same["version"] and before == now else {}
+
+
+def _forget(out: Path, names: Sequence[str]) -> None:
+    """Take entries that are no longer true out of the summary."""
+    path = out / "scores" / "summary.json"
+    if path.is_file():
+        summary = json.loads(path.read_text("utf-8"))
+        kept = {key: value for key, value in summary.items() if key not in names}
+        if kept != summary:
+            write_json(path, kept)
