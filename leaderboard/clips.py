@@ -6,12 +6,13 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from leaderboard.errors import LeaderboardError
 from leaderboard.models import Result
-from leaderboard.record import read_manifest
+from leaderboard.run_folder import read_manifest
 
 PROMPTS = 6
 """Prompts on a sheet, at most."""
@@ -48,14 +49,20 @@ class Sheet:
     """Prompt and one clip a result."""
     common: int
     """Prompts that all results have."""
+    same_seeds: bool
+    """Whether the clips of each row were sampled from the same seed, so that they start from the same noise."""
 
 
-def contact_sheet(results: Sequence[Result], runs: Mapping[int, Path]) -> Sheet | None:
+def contact_sheet(
+    results: Sequence[Result], runs: Mapping[int, Path], *, prompts: int = PROMPTS, budget: int = BUDGET
+) -> Sheet | None:
     """The sheet of the results that have a run folder, or None where they share no prompt.
 
     Args:
         results: in the order of the columns.
         runs: run folder by result id.
+        prompts: prompts on the sheet, at most.
+        budget: bytes of its images, at most.
 
     Raises:
         LeaderboardError: a manifest or a video is unreadable.
@@ -68,24 +75,29 @@ def contact_sheet(results: Sequence[Result], runs: Mapping[int, Path]) -> Sheet 
     common = [prompt for prompt in first if all(prompt in videos for videos in listed.values())]
     rows: list[tuple[str, tuple[Clip, ...]]] = []
     size = 0
-    for prompt in common[:PROMPTS]:
-        clips = tuple(_clip(result, runs[result.id] / "videos" / listed[result.id][prompt]) for result in shown)
+    same_seeds = True
+    for prompt in common[:prompts]:
+        files = [runs[result.id] / "videos" / listed[result.id][prompt][0] for result in shown]
+        clips = tuple(_clip(result, file) for result, file in zip(shown, files, strict=True))
         size += sum(len(clip.moving) + len(clip.strip) for clip in clips)
-        if rows and size > BUDGET:
+        if rows and size > budget:
             break
         rows.append((prompt, clips))
-    return Sheet(results=tuple(shown), rows=tuple(rows), common=len(common)) if rows else None
+        same_seeds &= len({listed[result.id][prompt][1] for result in shown}) == 1
+    if not rows:
+        return None
+    return Sheet(results=tuple(shown), rows=tuple(rows), common=len(common), same_seeds=same_seeds)
 
 
-def _first_videos(run: Path) -> dict[str, str]:
-    """Each prompt's first video (index 0) that is there, prompts by line of the prompt file."""
+def _first_videos(run: Path) -> dict[str, tuple[str, Any]]:
+    """Each prompt's first video (index 0) that is there, with its seed; prompts by line of the prompt file."""
     rows = [row for row in read_manifest(run) if row.get("index", 0) == 0]
     rows.sort(key=lambda row: int(row.get("line", 0)))
-    videos: dict[str, str] = {}
+    videos: dict[str, tuple[str, Any]] = {}
     for row in rows:
         name = Path(str(row["video"])).name
         if (run / "videos" / name).is_file():
-            videos.setdefault(str(row.get("prompt", name)), name)
+            videos.setdefault(str(row.get("prompt", name)), (name, row.get("seed")))
     return videos
 
 
@@ -108,6 +120,14 @@ def decode(path: Path) -> tuple[list[Any], float]:
 
 
 def _clip(result: Result, path: Path) -> Clip:
+    state = path.stat()
+    moving, strip, width, height = _pictures(path, state.st_mtime_ns, state.st_size)
+    return Clip(result=result, moving=moving, strip=strip, width=width, height=height)
+
+
+@lru_cache(maxsize=512)
+def _pictures(path: Path, _changed: int, _size: int) -> tuple[str, str, int, int]:
+    """Moving picture and strip as data URIs, width and height; kept, since a clip is shown on several pages."""
     from PIL import Image
 
     frames, rate = decode(path)
@@ -140,13 +160,8 @@ def _clip(result: Result, path: Path) -> Clip:
         strip.save(still, format="PNG", optimize=True)
     else:
         strip.save(still, format="WEBP", quality=60, method=4)
-    return Clip(
-        result=result,
-        moving=data_uri("webp", moving.getvalue()),
-        strip=data_uri("png" if exact else "webp", still.getvalue()),
-        width=width,
-        height=height,
-    )
+    kind = "png" if exact else "webp"
+    return data_uri("webp", moving.getvalue()), data_uri(kind, still.getvalue()), width, height
 
 
 def data_uri(kind: str, data: bytes) -> str:

@@ -6,15 +6,16 @@ import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import exists, func, select
 
 from leaderboard import published
 from leaderboard.checks import DIMENSIONS
 from leaderboard.database import reading
 from leaderboard.errors import LeaderboardError
-from leaderboard.models import Reported, Result
+from leaderboard.models import Claim, Latency, Preference, Reported, Result, Thumbnail, VideoScore
 
 
 def load(db_url: str | None, *, rows: Iterable[int] | None = None) -> list[Result]:
@@ -35,6 +36,51 @@ def load(db_url: str | None, *, rows: Iterable[int] | None = None) -> list[Resul
     if missing := sorted(wanted - {result.id for result in found}):
         raise LeaderboardError(f"The database has no row {missing[0]}; see them with: tmd-eval leaderboard show.")
     return [result for result in found if result.id in wanted]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What stands in the database beside results and published figures."""
+
+    latencies: list[Latency]
+    preferences: list[Preference]
+    claims: list[Claim]
+    thumbnails: dict[int, list[Thumbnail]]
+    """By result id."""
+    with_videos: frozenset[int]
+    """Ids of the results whose videos' scores are here."""
+
+
+def load_evidence(db_url: str | None) -> Evidence:
+    """Latency, preferences, claims and thumbnails, each in the order in which it was recorded."""
+    with reading(db_url) as session:
+        thumbnails: dict[int, list[Thumbnail]] = {}
+        for thumbnail in session.scalars(select(Thumbnail).order_by(Thumbnail.result_id, Thumbnail.position)):
+            thumbnails.setdefault(thumbnail.result_id, []).append(thumbnail)
+        some = exists().where(VideoScore.result_id == Result.id)
+        return Evidence(
+            latencies=list(session.scalars(select(Latency).order_by(Latency.id))),
+            preferences=list(session.scalars(select(Preference).order_by(Preference.id))),
+            claims=list(session.scalars(select(Claim).order_by(Claim.id))),
+            thumbnails=thumbnails,
+            with_videos=frozenset(session.scalars(select(Result.id).where(some))),
+        )
+
+
+def prompt_means(db_url: str | None, rows: Iterable[int]) -> dict[str, dict[int, dict[int, float]]]:
+    """Mean score over the videos of each prompt, by metric, result id and prompt.
+
+    Args:
+        db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
+        rows: ids of the results.
+    """
+    keys = (VideoScore.name, VideoScore.result_id, VideoScore.prompt)
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    with reading(db_url) as session:
+        query = select(*keys, func.avg(VideoScore.value)).where(VideoScore.result_id.in_(list(rows))).group_by(*keys)
+        for name, result, prompt, mean in session.execute(query):
+            found.setdefault(name, {}).setdefault(result, {})[prompt] = float(mean)
+    return found
 
 
 def load_reported(db_url: str | None) -> list[Reported]:
