@@ -113,6 +113,9 @@ def _encoded(config: TrainConfig, ranks: Ranks, progress: bool) -> tuple[Pairs, 
     if config.kind.prepare is not None:
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             data = config.kind.prepare(config.method, encoder, data, ranks, progress)
+    stored = getattr(data, "negative", None)
+    if stored is not None:
+        return data, stored.to(ranks.device)
     return data, encoder.encode_prompts([encoder.negative_prompt]).float()
 
 

@@ -47,7 +47,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
-    """AdamW, one per network, with constant rates; the defaults are the paper's Table 7 (1.3B, stage 2)."""
+    """AdamW, one per network, rates constant after a warm-up; the defaults are the paper's Table 7 (1.3B, stage 2)."""
 
     lr: float = 1e-5
     """Learning rate of the student, and of the networks that name none."""
@@ -63,6 +63,8 @@ class OptimiserConfig:
     """Decay of Adam's two moments."""
     eps: float = 1e-8
     """Adam's floor of the denominator."""
+    warmup: int = 0
+    """Iterations over which all rates grow linearly from 0; 0: constant from the start."""
     clip: float | None = 10.0
     """Largest gradient norm of each network, beyond which the gradient is scaled down; null: no clipping."""
 
@@ -74,6 +76,7 @@ class OptimiserConfig:
         fit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(fit, f"optimiser.betas must be two numbers in [0, 1), not {list(self.betas)}.")
         _require(self.eps > 0, f"optimiser.eps must be above 0, not {self.eps}.")
+        _require(self.warmup >= 0, f"optimiser.warmup must be at least 0, not {self.warmup}.")
         _require(self.clip is None or self.clip > 0, f"optimiser.clip must be above 0 or null, not {self.clip}.")
 
     def rate(self, network: str) -> float:

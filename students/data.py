@@ -1,7 +1,8 @@
 """Training data: latents and text embeddings in safetensors shards, drawn as a pure function of the iteration.
 
 A data folder holds ``00000.safetensors``, ... with ``latents`` (n, C, T, H, W) and ``text`` (n, length, D), and
-``data.json``, written last, which lists the shards with their sha256: a folder without it is unfinished.
+``data.json``, written last, which lists the shards with their sha256: a folder without it is unfinished. Large sets
+have webdataset shards instead (:mod:`students.tar_shards`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from students.errors import ConfigError
 from students.machine import home
 from students.method import Batch
 from students.micro import world
+from students.order import Order
+from students.order import stream_seed as stream_seed
+from students.tar_shards import FORMAT, TarShards
 from students.weights import file_hash
 
 INDEX = "data.json"
@@ -45,7 +49,7 @@ class DataConfig:
     cache: str | None = None
     """Folder that keeps encoded clips between runs (micro); null: latents/ under TMD_EVAL_HOME (~/.cache/tmd-eval)."""
     folder: str | None = None
-    """Folder of shards (shards)."""
+    """Folder of shards (shards): what tmd-eval data encode and data synthesize make."""
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -56,11 +60,6 @@ class DataConfig:
             raise ConfigError(
                 "data.folder is given but data.kind is micro; set data.kind to shards to read the folder."
             )
-
-
-def stream_seed(*key: int | str) -> int:
-    """A seed in [0, 2**63) for the random stream of that name; different keys give unrelated streams."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 def write_shard(folder: Path, index: int, latents: Tensor, text: Tensor) -> Path:
@@ -104,6 +103,31 @@ def write_index(folder: Path, *, base_hash: str, source: dict[str, Any]) -> None
         partial.unlink(missing_ok=True)
 
 
+def read_index(folder: Path, base_hash: str) -> dict[str, Any]:
+    """The ``data.json`` of a complete data folder.
+
+    Args:
+        folder: data folder.
+        base_hash: hash of the base model in training; data of another model are refused.
+
+    Raises:
+        ConfigError: the folder is missing, unfinished, damaged, or made for another model.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except FileNotFoundError:
+        what = "is unfinished: it has no data.json" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"data folder {folder} {what}.") from None
+    except json.JSONDecodeError:
+        raise ConfigError(f"{folder / INDEX} is damaged; encode the data again.") from None
+    if index["base_hash"] != base_hash:
+        raise ConfigError(
+            f"data folder {folder} was encoded with base model {index['base_hash'][:12]}, "
+            f"but the run's base model is {base_hash[:12]}; encode it again."
+        )
+    return index
+
+
 class LatentShards:
     """A data folder, read item by item through memory maps."""
 
@@ -120,18 +144,7 @@ class LatentShards:
             ConfigError: the folder is missing, unfinished, truncated, empty, or made for another model.
         """
         folder = Path(folder)
-        try:
-            index = json.loads((folder / INDEX).read_text())
-        except FileNotFoundError:
-            what = "is unfinished: it has no data.json" if folder.is_dir() else "does not exist"
-            raise ConfigError(f"data folder {folder} {what}.") from None
-        except json.JSONDecodeError:
-            raise ConfigError(f"{folder / INDEX} is damaged; encode the data again.") from None
-        if index["base_hash"] != base_hash:
-            raise ConfigError(
-                f"data folder {folder} was encoded with base model {index['base_hash'][:12]}, "
-                f"but the run's base model is {base_hash[:12]}; encode it again."
-            )
+        index = read_index(folder, base_hash)
         self.hash = hashlib.sha256(json.dumps(index["shards"], sort_keys=True).encode()).hexdigest()
         self.text_length = text_length
         self._shards = []
@@ -156,7 +169,7 @@ class LatentShards:
         if not counts:
             raise ConfigError(f"data folder {folder} holds no shards.")
         self._ends = np.cumsum(counts)
-        self._order: tuple[tuple[int, int], Tensor] | None = None
+        self._order = Order(len(self))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -182,14 +195,7 @@ class LatentShards:
             part: which of its positions; the union over parts does not depend on how the batch is cut.
         """
         positions = range(batch)[part]
-        return self.items([self._at(seed, (iteration - 1) * batch + p) for p in positions])
-
-    def _at(self, seed: int, position: int) -> int:
-        epoch, place = divmod(position, len(self))
-        if self._order is None or self._order[0] != (seed, epoch):
-            generator = torch.Generator().manual_seed(stream_seed(seed, "epoch", epoch))
-            self._order = (seed, epoch), torch.randperm(len(self), generator=generator)
-        return int(self._order[1][place])
+        return self.items([self._order.at(seed, (iteration - 1) * batch + p) for p in positions])
 
 
 def micro_folder(base: Base, config: DataConfig, *, progress: bool = True) -> Path:
@@ -241,7 +247,7 @@ def _encode(base: Base, clips: list[tuple[str, np.ndarray]], at_once: int = 64) 
 
 def open_data(
     base: Base, config: DataConfig, *, first: Callable[[Callable[[], Path]], Path], progress: bool = True
-) -> LatentShards:
+) -> LatentShards | TarShards:
     """The data of a run, encoded if needed.
 
     Args:
@@ -251,4 +257,7 @@ def open_data(
         progress: show a bar on stderr while encoding.
     """
     folder = Path(config.folder) if config.folder else first(lambda: micro_folder(base, config, progress=progress))
+    index = read_index(folder, base.hash)
+    if index.get("format") == FORMAT:
+        return TarShards(folder, index, latent_shape=base.latent_shape, text_length=base.text_length)
     return LatentShards(folder, base_hash=base.hash, latent_shape=base.latent_shape, text_length=base.text_length)

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from students.config import TrainConfig, load_config
 from students.data import stream_seed
 from students.distributed import Ranks
 from students.errors import ConfigError, TmdError
+from students.method import Batch
 from students.parallel import free_gathered
 from students.preview import Preview
 from students.revision import code_revision
@@ -111,11 +113,14 @@ class Run:
         self.layout, self.iteration, self.seconds = parts.layout, 0, 0.0
         self.micro, self.count = config.passes(ranks.data_world)
         self.optimisers = {name: optimiser(config, name, net) for name, net in self.method.networks.items()}
+        self.rates = {name: [g["lr"] for g in opt.param_groups] for name, opt in self.optimisers.items()}
         self.average = Average(parts.student, config.ema) if config.ema else None
         self.states = States(
             self.out, ranks, self.layout, networks=self.method.networks, optimisers=self.optimisers,
             average=self.average, averaged=parts.student, keep=config.keep, keep_every=config.keep_every,
         )  # fmt: skip
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
         self.preview = Preview(config.preview, parts.base, self.data) if config.preview.every else None
 
     def record(self) -> dict[str, Any]:
@@ -224,7 +229,10 @@ class Run:
             figures[f"grad_norm/{name}"] = float(norm)
             if not torch.isfinite(norm):
                 self._refuse(f"gradient of {name} is not finite", iteration)
+        share = min(1.0, iteration / config.optimiser.warmup) if config.optimiser.warmup else 1.0
         for name in turn:
+            for group, rate in zip(self.optimisers[name].param_groups, self.rates[name], strict=True):
+                group["lr"] = rate * share  # from the iteration alone, so that resuming needs no schedule's state
             self.optimisers[name].step()
         if self.average and "student" in turn:
             self.average.update(self.parts.student)
@@ -241,12 +249,26 @@ class Run:
     def _losses(self, iteration: int, index: int) -> dict[str, Tensor]:
         """Loss terms of pass ``index`` of the global batch."""
         config, device = self.config, self.ranks.device
-        part = slice(index * self.micro, (index + 1) * self.micro)
-        batch = self.data.draw(config.seed, iteration, config.batch, part)
+        batch = self._draw(iteration, index)
         batch = replace(batch, latents=batch.latents.to(device), text=batch.text.to(device))
         generator = torch.Generator().manual_seed(stream_seed(config.seed, "pass", iteration, index))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             return self.method.losses(batch, iteration, generator)
+
+    def _draw(self, iteration: int, index: int) -> Batch:
+        """The pairs of a pass; where they are read from disk, a thread has read them during the pass before."""
+
+        def read(iteration: int, index: int) -> Batch:
+            part = slice(index * self.micro, (index + 1) * self.micro)
+            return self.data.draw(self.config.seed, iteration, self.config.batch, part)
+
+        if not getattr(self.data, "reads_ahead", False):
+            return read(iteration, index)
+        waiting, first = self._ahead, self.ranks.data_rank * self.count
+        batch = waiting[1].result() if waiting and waiting[0] == (iteration, index) else read(iteration, index)
+        follows = (iteration, index + 1) if index + 1 < first + self.count else (iteration + 1, first)
+        self._ahead = follows, self._reader.submit(read, *follows)
+        return batch
 
     def _refuse(self, what: str, iteration: int) -> None:
         state = latest_state(self.out)

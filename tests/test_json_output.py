@@ -39,6 +39,14 @@ def outputs(folder: Path) -> dict[str, Any]:
             "generate", "--ckpt", "micro", "--prompts", "micro", "--num-prompts", "1", "--m", "1", "--out",
             str(folder / "other"), "--json",
         ),
+        "data encode": call(
+            "data", "encode", "--base", "micro", "--videos", str(folder / "other" / "videos"), "--out",
+            str(folder / "encoded"), "--json",
+        ),
+        "data synthesize --dry-run": call(
+            "data", "synthesize", "--base", "micro", "--prompts", "micro", "--num-prompts", "2", "--out",
+            str(folder / "made"), "--dry-run", "--json",
+        ),
         "micro --dry-run": call(*micro, "--out", run, "--dry-run", "--json"),
         "micro": call(*micro, "--out", run, "--json"),
         "leaderboard add": call("leaderboard", "add", run, *db, "--json"),
