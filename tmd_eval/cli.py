@@ -15,7 +15,19 @@ from typing import Annotated
 import typer
 
 from tmd_eval import __version__
-from tmd_eval.commands import doctor, experiment, generate, leaderboard, micro, nfe, quickstart, rerun, train, vbench
+from tmd_eval.commands import (
+    data,
+    doctor,
+    experiment,
+    generate,
+    leaderboard,
+    micro,
+    nfe,
+    quickstart,
+    rerun,
+    train,
+    vbench,
+)
 
 app = typer.Typer(
     name="tmd-eval",
@@ -44,6 +56,7 @@ def root(
 
 app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
+app.add_typer(data.app, name="data")
 app.command("generate")(generate.generate)
 app.add_typer(vbench.app, name="vbench")
 app.command("micro")(micro.micro)
