@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ def power(
 
 
 def _crossing(rows: Sequence[dict[str, Any]], target: float) -> float | None:
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         if before["power"] < target <= after["power"]:
             part = (target - before["power"]) / (after["power"] - before["power"])
             return float(before["preference"] + part * (after["preference"] - before["preference"]))

@@ -44,7 +44,7 @@ def markdown(preferences: Mapping[str, Any], analysis: Mapping[str, Any]) -> str
         lines += ["", SMALL_NOTE]
     lines += ["", "## Other estimates of the same", ""]
     lines += _table(
-        ["Question", "A", "B", "Wilson (votes as independent)", "Logit, clustered", "Permutation p", "Two-way bootstrap",
+        ["Question", "A", "B", "Wilson (as if independent)", "Logit, clustered", "Permutation p", "Two-way bootstrap",
          "Binomial p", "Design effect"],
         [
             [

@@ -165,5 +165,176 @@ def status(study: Study, db: Database = None, as_json: Json = False) -> None:
             typer.echo(f"{key}: {value}")
 
 
+@app.command()
+def unblind(
+    study: Study,
+    reason: Annotated[str, typer.Option(help="Why now; goes into the audit log.")],
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Open a study's win rates for good; written to its audit log.
+
+    Example: tmd-eval study unblind studies/first --reason "all votes are in"
+    """
+    from studies.serving import open_folder
+    from studies.unblind import unblind_study
+
+    facts = unblind_study(open_folder(study), db, reason=reason, command=_command())
+    _say(facts, as_json)
+
+
+@app.command()
+def analyze(
+    study: Study,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the files; by default STUDY/analysis.")
+    ] = None,
+    record: Annotated[bool, typer.Option(help="Write the results into the database's leaderboard tables.")] = True,
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Win rates with intervals, agreement and sensitivity: preferences.json, report.md and the figure.
+
+    Example: tmd-eval study analyze studies/first --out reports/first
+    """
+    from students.revision import code_revision
+    from studies.analyze import analyze_study
+    from studies.report import NONE
+    from studies.serving import open_folder
+
+    target = out or study / "analysis"
+    facts = analyze_study(
+        open_folder(study), db, target, command=_command(), code_revision=code_revision(), record=record
+    )
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    if facts["simulated"]:
+        typer.echo("SIMULATED raters, not people")
+    typer.echo(f"{facts['votes']} of {facts['wanted_votes']} votes, {facts['raters']} raters kept")
+    for row in facts["results"]:
+        interval = f"{100 * row['value']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        p = NONE if row["p_holm"] is None else f"{row['p_holm']:.3g}"
+        typer.echo(f"{row['question']}: {row['a']} over {row['b']} {interval}, p (Holm) {p}, n = {row['n_votes']}")
+    typer.echo(f"method: {facts['results'][0]['method']}")
+    typer.echo(f"{target}")
+
+
+@app.command()
+def export(
+    study: Study,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the tables.")],
+    backup: Annotated[
+        bool, typer.Option("--backup", help="Also copy the SQLite database; unblinded studies only.")
+    ] = False,
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Votes as CSV, JSON Lines and Parquet; without anything that tells models apart while the study is blind.
+
+    Example: tmd-eval study export studies/first --out votes
+    """
+    from studies.export import export_study
+    from studies.serving import open_folder
+
+    _say(export_study(open_folder(study), db, out, command=_command(), backup=backup), as_json)
+
+
+@app.command()
+def power(
+    num_prompts: Annotated[int, typer.Option(help="Prompts.")] = 60,
+    seeds: Annotated[int, typer.Option(help="Videos a model and prompt.")] = 5,
+    votes_per_item: Annotated[int, typer.Option(help="Votes on each pair, prompt and seed.")] = 2,
+    raters: Annotated[int, typer.Option(help="Raters.")] = 30,
+    level: Annotated[float, typer.Option(help="Level of the test; divide by the number of tests for Holm.")] = 0.05,
+    prompt_sd: Annotated[float, typer.Option(help="Spread of prompt effects, log-odds.")] = 0.8,
+    item_sd: Annotated[float, typer.Option(help="Spread of clip effects within a prompt.")] = 0.8,
+    rater_sd: Annotated[float, typer.Option(help="Spread of rater effects.")] = 0.4,
+    simulations: Annotated[int, typer.Option(help="Simulated studies a preference.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the simulation.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """What preference a design detects, simulated with prompt, clip and rater effects.
+
+    Example: tmd-eval study power --num-prompts 60 --seeds 5 --votes-per-item 2 --raters 30
+    """
+    from tqdm import tqdm
+
+    from studies.power import PowerDesign
+    from studies.power import power as simulate_power
+    from studies.simulate import Effects
+
+    design = PowerDesign(
+        prompts=num_prompts, seeds=seeds, votes_per_item=votes_per_item, raters=raters, level=level,
+        simulations=simulations, seed=seed,
+    )  # fmt: skip
+    facts = simulate_power(
+        design, Effects(prompt=prompt_sd, item=item_sd, rater=rater_sd),
+        progress=lambda grid: tqdm(grid, desc="preferences", file=sys.stderr),
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(f"{facts['votes']} votes on a pair, {raters} raters, {facts['test']}")
+    for row in facts["rows"]:
+        typer.echo(f"{100 * row['preference']:.0f} %: power {row['power']:.2f} (+- {row['error']:.2f})")
+    found, plain = facts["detectable"], facts["independent"]
+    typer.echo("80 % power: " + (f"from a preference of {100 * found:.1f} %" if found else "not on this grid"))
+    typer.echo(
+        f"independent votes would detect {100 * plain:.1f} %; design effect {facts['design_effect']:.1f}"
+        if plain and facts["design_effect"]
+        else "independent votes would not reach 80 % either"
+    )
+
+
+@app.command()
+def simulate(
+    study: Study,
+    quality: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL=LOGODDS", help="Strength in visual quality; may be repeated.")
+    ] = None,
+    alignment: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL=LOGODDS", help="Strength in prompt alignment; may be repeated.")
+    ] = None,
+    prompt_sd: Annotated[float, typer.Option(help="Spread of prompt effects, log-odds.")] = 0.8,
+    item_sd: Annotated[float, typer.Option(help="Spread of clip effects within a prompt.")] = 0.8,
+    rater_sd: Annotated[float, typer.Option(help="Spread of rater effects.")] = 0.4,
+    side: Annotated[float, typer.Option(help="Lean towards the left clip, log-odds.")] = 0.0,
+    careless: Annotated[float, typer.Option(help="Share of raters who answer at random.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Rehearse a study with simulated raters; it is marked as simulated for good.
+
+    Example: tmd-eval study simulate studies/rehearsal --quality tmd=0.3 --alignment tmd=0.9
+    """
+    from studies.errors import StudyError
+    from studies.rehearse import Model, rehearse
+    from studies.serving import open_folder
+    from studies.simulate import Effects
+
+    strengths = []
+    for given in (quality, alignment):
+        found = {}
+        for item in given or []:
+            name, _, value = item.rpartition("=")
+            try:
+                found[name] = float(value)
+            except ValueError:
+                raise StudyError(f"{item!r} is not MODEL=LOGODDS, such as tmd=0.5.") from None
+        strengths.append(found)
+    model = Model(
+        strengths=(strengths[0], strengths[1]),
+        effects=Effects(prompt=prompt_sd, item=item_sd, rater=rater_sd, side=side),
+        careless=careless,
+    )
+    _say(rehearse(open_folder(study), db, model, seed=seed, command=_command()), as_json)
+
+
+def _say(facts: dict[str, Any], as_json: bool) -> None:
+    typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+
+
 def _command() -> str:
     return shlex.join(["tmd-eval", *sys.argv[1:]])
