@@ -25,6 +25,7 @@ from tmd_eval.commands import (
     nfe,
     quickstart,
     rerun,
+    study,
     train,
     vbench,
 )
@@ -63,6 +64,7 @@ app.command("micro")(micro.micro)
 app.command("nfe")(nfe.nfe)
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(leaderboard.app, name="leaderboard")
+app.add_typer(study.app, name="study")
 app.command("rerun")(rerun.rerun)
 app.command("doctor")(doctor.doctor)
 
