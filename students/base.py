@@ -192,18 +192,33 @@ class Base:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Videos (B, frames, height, width, 3), uint8 (clamped and rounded), from normalised latents."""
-        mean, std = self._latent_statistics
         with self.resident(self.vae):
-            pixels = self.vae.decode(latents.to(self.device, torch.float32) * std + mean).sample
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+            return decode_latents(self.vae, latents.to(self.device))
 
     @property
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
-        mean, std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
-        return mean, std
+        return latent_statistics(self.vae, self.device)
+
+
+def latent_statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's latents per channel, (1, C, 1, 1, 1) each."""
+    mean, std = (
+        torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+def decode_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Videos (B, frames, height, width, 3), uint8, clamped and rounded.
+
+    Args:
+        vae: in float32, on the latents' device.
+        latents: normalised, (B, C, T, H, W).
+    """
+    mean, std = latent_statistics(vae, latents.device)
+    pixels = vae.decode(latents.float() * std + mean).sample
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
 
 
 def micro_folder() -> Path:

@@ -296,14 +296,7 @@ def open_checkpoint(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload, "vae_tiling": vae_tiling}
     path = Path(ref).expanduser()
     if (path / "student.json").is_file():
-        record = StudentSpec.from_file(path / "student.json").base
-        base = load_base(record.ref + (f"@{record.revision}" if record.revision else ""), **options)
-        if record.revision is None and base.hash != record.hash:
-            raise ConfigError(
-                f"{path} was distilled from {record.ref} with weights {record.hash[:12]}, but those there now are "
-                f"{base.hash[:12]}; restore the base model."
-            )
-        return _open_student(path, base, str(ref), path.resolve().name)
+        return _open_student(path, base_of_student(path, **options), str(ref), path.resolve().name)
     if path.is_file():
         found = open_file(path, **options)
         return Checkpoint(str(ref), path.stem, found.hash, found.base, found.spec, found.network)
@@ -316,6 +309,26 @@ def open_checkpoint(
     if (few := open_pipeline(base)) is not None:
         return Checkpoint(base.ref, name, few.hash, base, few.spec, few.network)
     return Checkpoint(base.ref, name, base.hash, base, None, None)
+
+
+def base_of_student(folder: Path, **options: Any) -> Base:
+    """The base model that a checkpoint folder names.
+
+    Args:
+        folder: with a ``student.json``.
+        options: of :func:`students.base.load_base`.
+
+    Raises:
+        ConfigError: it is not there, or has other weights than the student was distilled from.
+    """
+    record = StudentSpec.from_file(folder / "student.json").base
+    base = load_base(record.ref + (f"@{record.revision}" if record.revision else ""), **options)
+    if record.revision is None and base.hash != record.hash:
+        raise ConfigError(
+            f"{folder} was distilled from {record.ref} with weights {record.hash[:12]}, but those there now are "
+            f"{base.hash[:12]}; restore the base model."
+        )
+    return base
 
 
 def _open_student(folder: Path, base: Base, ref: str, name: str) -> Checkpoint:

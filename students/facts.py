@@ -48,8 +48,8 @@ def read_facts(folder: Path) -> Facts:
         return Facts()
     record = read_json(path)
     shift = record.pop("flow_shift", None)
-    actual = read_json(folder / "scheduler" / "scheduler_config.json").get("flow_shift")
-    if shift is not None and shift != actual:
+    actual = None if shift is None else read_json(folder / "scheduler" / "scheduler_config.json").get("flow_shift")
+    if shift != actual:
         raise ConfigError(
             f"{path} gives flow_shift {shift}, but the scheduler beside it has {actual}; make them agree."
         )

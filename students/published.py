@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import WanTransformer3DModel
 
 from students.base import Base, load_base, micro_folder
@@ -56,14 +57,22 @@ def default_base(weights: ForeignWeights) -> str:
     return known[shape]
 
 
-def open_file(path: Path, base: str | None = None, schedule: Schedule | None = None, **options: Any) -> Published:
+def open_file(
+    path: Path,
+    base: str | None = None,
+    schedule: Schedule | None = None,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    **options: Any,
+) -> Published:
     """Open a file of another project.
 
     Args:
         path: the file.
         base: its base model; None for the one its shape belongs to.
         schedule: how to sample it; None for what its layout implies.
-        options: of :func:`students.base.load_base`.
+        dtype: precision of the networks; None for the file's own.
+        options: other ones of :func:`students.base.load_base`.
 
     Raises:
         ConfigError: the file, the base model, or that the two do not fit.
@@ -71,8 +80,8 @@ def open_file(path: Path, base: str | None = None, schedule: Schedule | None = N
     """
     weights = read_foreign(path)
     schedule = schedule or weights.schedule
-    pipeline = load_base(base or default_base(weights), **options)
-    network = build_transformer(weights, pipeline.folder / "transformer" / "config.json", pipeline.dtype)
+    pipeline = load_base(base or default_base(weights), dtype=dtype or torch.float32, **options)
+    network = build_transformer(weights, pipeline.folder / "transformer" / "config.json", dtype)
     network.to(pipeline.storage)
     digest = file_hash(path)
     if schedule is None:

@@ -16,16 +16,17 @@ import typer
 
 from tmd_eval import __version__
 from tmd_eval.commands import (
+    ckpt,
     data,
     doctor,
     experiment,
     generate,
+    latency,
     leaderboard,
     micro,
     nfe,
     quickstart,
     rerun,
-    study,
     train,
     vbench,
 )
@@ -62,9 +63,10 @@ app.command("generate")(generate.generate)
 app.add_typer(vbench.app, name="vbench")
 app.command("micro")(micro.micro)
 app.command("nfe")(nfe.nfe)
+app.add_typer(ckpt.app, name="ckpt")
+app.command("latency")(latency.latency)
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(leaderboard.app, name="leaderboard")
-app.add_typer(study.app, name="study")
 app.command("rerun")(rerun.rerun)
 app.command("doctor")(doctor.doctor)
 

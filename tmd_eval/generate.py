@@ -9,31 +9,25 @@ same seed. Runs meant as independent repetitions need base seeds at least ``samp
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from students.errors import ConfigError
 from tmd_eval import video_set
-from tmd_eval.files import remove_debris, write_atomic
+from tmd_eval.make_videos import make, read_config
 from tmd_eval.prompts import PromptSet
-from tmd_eval.provenance import provenance, utc_now
-from tmd_eval.video import default_lossless, write_video
-from tmd_eval.video_set import MANIFEST, VIDEOS, Unit
+from tmd_eval.video import default_lossless
+from tmd_eval.video_set import MANIFEST, Unit
 
 if TYPE_CHECKING:
     from students.checkpoint import Checkpoint
 
 LINE_STRIDE = 100_000
 """Distance of the seeds of neighbouring prompts; also the largest number of samples a prompt."""
-PROVENANCE = ("command", "code_revision", "device", "packages", "created")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,21 +148,32 @@ def run(
     *,
     device: str | None = None,
     command: str | None = None,
+    offload: bool = False,
+    vae_tiling: bool = False,
 ) -> tuple[Plan, int]:
-    """As :func:`generate_run`, with the settings as one object.
+    """As :func:`generate_run`, with the settings as one object; under torchrun the ranks share the videos.
+
+    A video's noise belongs to its seed, so neither the number of ranks nor the batch changes it.
 
     Returns:
-        The plan as it was before, and how many videos were made.
+        The plan as it was before, and how many videos were made (by this rank).
     """
+    from students.distributed import Ranks
+
     check_target(out)
     video_set.check_writable(out)
-    opened = open_model(checkpoint, device)
-    with video_set.locked(out):
-        work = plan(opened, prompts, out, settings)
-        return work, make(work, command=command)
+    with Ranks("cpu" if device == "cpu" else "auto") as ranks:
+        place = str(ranks.device) if ranks.world > 1 else device
+        opened = open_model(checkpoint, place, offload=offload, vae_tiling=vae_tiling)
+        with video_set.locked(out) if ranks.main else nullcontext():
+            ranks.barrier()  # the lock is held
+            work = plan(opened, prompts, out, settings)
+            return work, make(work, command=command, ranks=ranks)
 
 
-def open_model(checkpoint: str | Path | Checkpoint, device: str | None = None) -> Checkpoint:
+def open_model(
+    checkpoint: str | Path | Checkpoint, device: str | None = None, *, offload: bool = False, vae_tiling: bool = False
+) -> Checkpoint:
     """Open a checkpoint where it will run: in bfloat16 on a GPU, in float32 on the CPU.
 
     Raises:
@@ -184,7 +189,7 @@ def open_model(checkpoint: str | Path | Checkpoint, device: str | None = None) -
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"There is no GPU here for --device {device}; leave it out or choose cpu.")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return open_checkpoint(str(checkpoint), device=device, dtype=dtype)
+    return open_checkpoint(str(checkpoint), device=device, dtype=dtype, offload=offload, vae_tiling=vae_tiling)
 
 
 def check_target(out: Path) -> None:
@@ -193,7 +198,7 @@ def check_target(out: Path) -> None:
     Raises:
         ConfigError: it has a ``config.yaml`` that is not a video set's.
     """
-    config = _read_config(out)
+    config = read_config(out)
     if (out / "config.yaml").exists() and "prompts" not in (config or {}):
         raise ConfigError(f"{out / 'config.yaml'} is not that of a video set; choose another --out.")
 
@@ -206,7 +211,9 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
     """
     base = checkpoint.base
     model = checkpoint.settings(settings.m, settings.n, settings.guidance)
-    size = {"size": [base.height, base.width], "frames": base.frames, "fps": base.fps}
+    size: dict[str, Any] = {"size": [base.height, base.width], "frames": base.frames, "fps": base.fps}
+    if base.vae_tiling:
+        size["vae_tiling"] = True
     decisive = {"checkpoint": checkpoint.hash, "base": base.hash, "dtype": str(base.dtype), **model, **size}
     stride = settings.line_stride
     if stride is None:
@@ -254,142 +261,8 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
     )
 
 
-def make(work: Plan, *, command: str | None = None) -> int:
-    """Make the missing videos of a plan; the caller holds the folder's lock.
-
-    A batch is sampled; then each of its videos is written and renamed into place, and its row appended and synced.
-
-    Args:
-        work: what :func:`plan` found.
-        command: command line to record, by default this process's.
-
-    Returns:
-        How many videos were made.
-
-    Raises:
-        TmdError: the disk is full; what is finished stays.
-    """
-    from tqdm import tqdm
-
-    out, missing = work.out, work.missing
-    origin = _write_config(work, command)
-    video_set.check_case(out, [unit.video for unit in work.units])
-    for folder in (out, out / VIDEOS):
-        remove_debris(folder)
-    if work.changed:
-        _say(f"{work.changed} videos in {out} come from other settings or are damaged; they are removed or made anew")
-    if not missing and not work.changed:
-        return 0
-    _drop_scores(out)
-    _drop_others(work)
-    video_set.write_manifest(out, work.rows.values())
-    _event(out, "generate_started", missing=len(missing), present=len(work.rows), changed=work.changed, **origin)
-    start, rows = time.perf_counter(), dict(work.rows)
-    if missing:
-        _load(work.checkpoint)
-        done = len(work.units) - len(missing)
-        with tqdm(total=len(work.units), initial=done, unit="video", desc="videos", file=sys.stderr) as bar:
-            for batch in _batches(missing, work.config["batch_size"]):
-                for row in _make_batch(work, batch):
-                    video_set.append_row(out, row)
-                    rows[row["video"]] = row
-                    bar.update()
-    order = {unit.video: place for place, unit in enumerate(work.units)}
-    rest = len(order)
-    video_set.write_manifest(
-        out, sorted(rows.values(), key=lambda row: (order.get(row["video"], rest), row["line"], row["index"]))
-    )
-    _event(out, "generate_finished", made=len(missing), seconds=round(time.perf_counter() - start, 3))
-    return len(missing)
-
-
-def _make_batch(work: Plan, batch: Sequence[Unit]) -> Iterator[dict[str, Any]]:
-    """Sample one batch and write its videos; the rows are for the manifest."""
-    settings, base = work.settings, work.checkpoint.base
-    start = time.perf_counter()
-    videos = work.checkpoint.sample(
-        [unit.text for unit in batch],
-        [unit.seed for unit in batch],
-        m=settings.m,
-        n=settings.n,
-        guidance=settings.guidance,
-    )
-    seconds = (time.perf_counter() - start) / len(batch)  # text encoding and decoding included, writing not
-    for unit, frames in zip(batch, videos.numpy(), strict=True):
-        count, height, width, _ = frames.shape
-        path = work.out / VIDEOS / unit.video
-        digest = write_video(path, frames, base.fps, lossless=default_lossless(height, width))
-        yield {
-            "video": unit.video, "prompt": unit.prompt, "text": unit.text, "line": unit.line, "index": unit.index,
-            "seed": unit.seed, "sampler": work.config["checkpoint"]["sampler"],
-            "checkpoint_hash": work.checkpoint.hash, "key": unit.key, "frames": count, "height": height,
-            "width": width, "fps": base.fps, "sha256": digest, "seconds": round(seconds, 6),
-        }  # fmt: skip
-
-
-def _load(checkpoint: Checkpoint) -> None:
-    """Load every component now, so that loading does not count as seconds a video."""
-    checkpoint.base.encode_prompts([""])
-    _ = checkpoint.base.vae
-    if checkpoint.kind == "teacher":
-        _ = checkpoint.base.transformer
-
-
 def _batch_size(settings: Settings, height: int, width: int) -> int:
     return settings.batch_size or (16 if default_lossless(height, width) else 1)
-
-
-def _batches(units: Sequence[Unit], size: int) -> Iterator[Sequence[Unit]]:
-    for start in range(0, len(units), size):
-        yield units[start : start + size]
-
-
-def _write_config(work: Plan, command: str | None) -> dict[str, Any]:
-    """Write ``config.yaml``; a run that goes on keeps its date, a run that is complete its whole file."""
-    origin = provenance(command=command, device=str(work.checkpoint.base.device))
-    old = _read_config(work.out)
-    if old is not None and not work.changed:
-        if not work.missing:
-            return origin
-        if {k: v for k, v in old.items() if k not in PROVENANCE} == work.config:
-            origin["created"] = old.get("created", origin["created"])
-    text = yaml.safe_dump({**origin, **work.config}, sort_keys=False, allow_unicode=True)
-    write_atomic(work.out / "config.yaml", text)
-    return origin
-
-
-def _read_config(out: Path) -> dict[str, Any] | None:
-    try:
-        config = yaml.safe_load((out / "config.yaml").read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return config if isinstance(config, dict) else None
-
-
-def _drop_scores(out: Path) -> None:
-    """Scores of a set that is about to change would pass for scores of the new one."""
-    old = sorted((out / "scores").glob("*.json*")) if (out / "scores").is_dir() else []
-    for path in old:
-        path.unlink()
-    if old:
-        _say(f"removed {len(old)} files of scores from {out / 'scores'}, since the videos change; score them again")
-
-
-def _drop_others(work: Plan) -> None:
-    """Remove the videos of earlier settings that the present ones will not overwrite."""
-    planned = {unit.video for unit in work.units}
-    for row in video_set.read_manifest(work.out):
-        if row["video"] not in work.rows and row["video"] not in planned:
-            (work.out / VIDEOS / row["video"]).unlink(missing_ok=True)
-
-
-def _event(out: Path, event: str, **values: Any) -> None:
-    with (out / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": utc_now(), "event": event, **values}, ensure_ascii=False) + "\n")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 __all__ = ["MANIFEST", "Plan", "Settings", "check_target", "generate_run", "make", "open_model", "plan", "run"]

@@ -110,12 +110,15 @@ def planned_videos(run: Path, prompts: Sequence[str] | None = None) -> list[str]
 def append_row(run: Path, row: Mapping[str, Any]) -> None:
     """Append a finished video to the manifest and sync it; on failure the manifest is as it was.
 
+    The file is locked meanwhile, so that the ranks of a run may append to one manifest.
+
     Raises:
         TmdError: the disk is full.
     """
     path = run / MANIFEST
     with path.open("ab", buffering=0) as file:
-        before = file.tell()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = file.seek(0, os.SEEK_END)
         try:
             data = _lines([row])
             if file.write(data) != len(data):

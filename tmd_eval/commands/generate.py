@@ -28,14 +28,23 @@ def generate(
     limit: Annotated[int | None, typer.Option(help="Stop after so many videos of the set.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Videos at once [default: micro 16, else 1].")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda if there is one].")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep networks in the CPU's memory while they do not compute.")
+    ] = False,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory, slightly other pixels at seams.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made; write nothing.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Make the videos of a set of prompts; running it again makes only what is missing.
 
+    On several GPUs: torchrun --nproc-per-node 8 -m tmd_eval.cli generate ... makes the same videos.
+
     Example: tmd-eval generate --ckpt micro --prompts micro --num-prompts 64 --m 50 --out runs/teacher
     """
     import json
+    import os
 
     from students.errors import ConfigError
     from tmd_eval import generate as generation
@@ -56,9 +65,13 @@ def generate(
     )
     if dry_run:
         generation.check_target(out)
-        work, made = generation.plan(generation.open_model(ckpt, device), chosen, out, settings), 0
+        model = generation.open_model(ckpt, device, vae_tiling=vae_tiling)
+        work, made = generation.plan(model, chosen, out, settings), 0
     else:
-        work, made = generation.run(ckpt, chosen, out, settings, device=device)
+        work, made = generation.run(ckpt, chosen, out, settings, device=device, offload=offload, vae_tiling=vae_tiling)
+        if os.environ.get("RANK", "0") != "0":
+            return  # the first rank speaks for all of torchrun's
+        made = len(work.missing)
     before = len(work.units) - len(work.missing)
     result = {
         "run": str(out),
