@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from students.base import guided
 from students.errors import ConfigError
 from students.method import Batch, Cost, MethodKind, Shape, draw_noise, per_sample
+from students.parallel import together
 from students.times import Shift, rational_shift, sample_times
 from students.trigflow import consistency, noised, rectified_time, trig_time, trig_velocity
 
@@ -271,6 +272,11 @@ class RCM:
         t = torch.atan((config.sigma_mean + config.sigma_deviation * log_sigma).exp()).to(x.device)
         x_t = noised(x, draw_noise(x, generator), t)
         teacher, student = self._guided(x_t, t, text), self._flow(self.student, text)
+        if config.derivative != "finite" and together(self.student):
+            raise ConfigError(
+                f"rCM's derivative is {config.derivative}, whose forward mode neither sharding nor context parallelism "
+                "allows; use finite."
+            )
         # Outside autocast: bf16 rounding divided by h is noise, and the exact derivative deserves better too.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             change = flow_derivative(student, x_t, t, teacher, config.derivative, config.step)
@@ -367,4 +373,6 @@ def rcm_sampling(config: RCMConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-RCM_KIND = MethodKind(label="rcm", config=RCMConfig, build=RCM, sampling=rcm_sampling, cost=rcm_cost)
+RCM_KIND = MethodKind(
+    label="rcm", config=RCMConfig, build=RCM, sampling=rcm_sampling, cost=rcm_cost, differentiates=True
+)

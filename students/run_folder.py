@@ -72,8 +72,10 @@ def restarted() -> bool:
 
 
 def resume_command(out: Path, world: int) -> str:
-    """The command that goes on with the run in a folder."""
-    start = "tmd-eval train" if world == 1 else f"torchrun --nproc-per-node {world} -m students.train"
+    """The command that goes on with the run in a folder; on several nodes, each runs it with its --rdzv options."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
+    nodes = f"--nnodes {world // local} " if world > local else ""
+    start = "tmd-eval train" if world == 1 else f"torchrun {nodes}--nproc-per-node {local} -m students.train"
     return f"{start} {out / 'config.yaml'} --resume"
 
 
