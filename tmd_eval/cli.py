@@ -25,8 +25,10 @@ from tmd_eval.commands import (
     leaderboard,
     micro,
     nfe,
+    prompts,
     quickstart,
     rerun,
+    study,
     train,
     vbench,
 )
@@ -63,10 +65,12 @@ app.command("generate")(generate.generate)
 app.add_typer(vbench.app, name="vbench")
 app.command("micro")(micro.micro)
 app.command("nfe")(nfe.nfe)
-app.add_typer(ckpt.app, name="ckpt")
 app.command("latency")(latency.latency)
+app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(prompts.app, name="prompts")
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(leaderboard.app, name="leaderboard")
+app.add_typer(study.app, name="study")
 app.command("rerun")(rerun.rerun)
 app.command("doctor")(doctor.doctor)
 

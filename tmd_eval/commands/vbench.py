@@ -25,6 +25,7 @@ app.command("doctor")(vbench_setup.doctor)
 app.command("total")(vbench_results.total)
 app.command("compare")(vbench_results.compare)
 app.command("export")(vbench_results.export)
+app.command("diversity")(vbench_results.diversity)
 
 FLICKER = "temporal_flickering"
 
@@ -68,6 +69,9 @@ def vbench(
     limit: Annotated[int | None, typer.Option(help="Stop after so many videos.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Videos at once [default: micro 16, else 1].")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda if there is one].")] = None,
+    engine: Annotated[
+        str, typer.Option(help="official, or fast: the same models and weights, no work done twice.")
+    ] = "official",
     workers: Annotated[int | None, typer.Option(help="Scoring processes [default: one a GPU, or one].")] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Score what is there; figures are marked partial, no total.")
@@ -105,7 +109,7 @@ def vbench(
     custom = prompts != "vbench" if videos is None else prompt_file is not None or not plan.is_standard(videos)
     names = _dimensions(dimensions, custom, whole=ckpt is not None and not custom and not small, un=unverified_weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processes = runner.devices(device, workers)
+    processes = runner.devices(device, workers, engine)
     folder = videos or out
     if ckpt is not None:
         chosen, settings = _settings(
@@ -130,7 +134,7 @@ def vbench(
             typer.echo(json.dumps(result) if json_ else text)
             return
         generation.run(ckpt, chosen, out, settings, device=device)
-    captions = _captions(prompt_file)
+    captions = vbench_results.read_captions(prompt_file)
     if dry_run:
         found = {name: plan.select(folder, name, prompts=captions) for name in names}
         counts = {name: {"videos": len(s.videos), "missing": len(s.missing)} for name, s in found.items()}
@@ -202,20 +206,6 @@ def _filtering(names: list[str], wanted: bool | None, samples: int | None) -> bo
             "--fetch, or give --no-static-filter."
         )
     return FLICKER in names and samples is None and (there if wanted is None else wanted)
-
-
-def _captions(path: Path | None) -> dict[str, str] | None:
-    from students.errors import ConfigError
-
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read {path} as JSON ({error}); write {{file name: prompt}}.") from error
-    if not isinstance(found, dict) or not all(isinstance(value, str) and value.strip() for value in found.values()):
-        raise ConfigError(f"{path} must map each file name to its prompt.")
-    return dict(found)
 
 
 def _settings(

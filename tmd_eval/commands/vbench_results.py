@@ -107,3 +107,54 @@ def export(
 
     path = export_zip(run, out or run / "vbench_submission.zip")
     typer.echo(json.dumps({"zip": str(path)}) if json_ else str(path))
+
+
+def diversity(
+    folder: Annotated[Path, typer.Argument(help="Run folder, or a folder of mp4 files.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder for the scores [default: the folder, if a run].")] = None,
+    features: Annotated[str, typer.Option(help="dino or clip.")] = "dino",
+    prompt_file: Annotated[Path | None, typer.Option(help="JSON {file name: prompt} of other videos.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda if there is one].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes [default: one a GPU, or one].")] = None,
+    unverified_weights: Annotated[
+        bool, typer.Option("--unverified-weights", help="Take weights whose hash is not the published one.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the entry as JSON.")] = False,
+) -> None:
+    """Mean feature distance between the samples of a prompt: shows the mode collapse that VBench cannot see.
+
+    Example: tmd-eval vbench diversity runs/student
+    """
+    import torch
+
+    from students.errors import ConfigError
+    from tmd_eval.vbench import diversity as metric
+    from tmd_eval.vbench import plan, runner
+    from tmd_eval.vbench.score import Options
+
+    run, _ = plan.locate(folder)
+    target = out or run
+    if target is None:
+        raise ConfigError("Give --out RUN, the folder for the scores.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = Options(prompts=read_captions(prompt_file), unverified=unverified_weights)
+    processes = runner.devices(device, workers)
+    entry = metric.score_diversity(folder, target, features, workers=processes, options=options)
+    name = f"diversity_{features}"
+    between = "" if entry["low"] is None else f" ({entry['low']:.4f} to {entry['high']:.4f})"
+    typer.echo(json.dumps({name: entry}) if json_ else f"{name}: {entry['value']:.4f}{between}, {entry['n']} videos")
+
+
+def read_captions(path: Path | None) -> dict[str, str] | None:
+    """The prompt of each file from a JSON file; None without one."""
+    from students.errors import ConfigError
+
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read {path} as JSON ({error}); write {{file name: prompt}}.") from error
+    if not isinstance(found, dict) or not all(isinstance(value, str) and value.strip() for value in found.values()):
+        raise ConfigError(f"{path} must map each file name to its prompt.")
+    return dict(found)

@@ -69,6 +69,22 @@ DIMENSIONS: dict[str, Dimension] = {
 
 FILTER_WEIGHTS = (_RAFT,)
 """What temporal_flickering's static filter reads."""
+OTHER_WEIGHTS = {"static_filter": FILTER_WEIGHTS, "diversity_dino": _DINO, "diversity_clip": (_CLIP_B,)}
+"""What the workers' other tasks read."""
+
+
+FAST = ("subject_consistency", "appearance_style", "imaging_quality", "dynamic_degree", "static_filter")
+"""Tasks that the fast engine does in its own way; the others it leaves to the official code."""
+
+
+def engine_of(task: str, engine: str) -> str:
+    """Which engine does a task: "fast" only where it has a way of its own."""
+    return engine if task in FAST else "official"
+
+
+def weights_of(task: str) -> tuple[str, ...]:
+    """Weights files of a dimension, the static filter, or the features of a diversity."""
+    return OTHER_WEIGHTS[task] if task in OTHER_WEIGHTS else DIMENSIONS[task].weights
 
 
 def check_dimension(name: str) -> str:

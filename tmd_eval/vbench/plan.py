@@ -116,7 +116,7 @@ def is_standard(folder: Path) -> bool:
         rows = video_set.read_manifest(run)
         return any(not row["video"].startswith(f"{row['line']:05d}-") for row in rows)
     every = {f"{entry['prompt_en']}-{index}.mp4" for entry in full_info() for index in range(SAMPLES)}
-    return not every.isdisjoint(_listed(videos))
+    return not every.isdisjoint(listed(videos))
 
 
 def select(
@@ -138,7 +138,7 @@ def select(
     run, videos = locate(Path(folder))
     if not is_standard(folder) or prompts is not None:
         return _custom(run, videos, dimension, prompts)
-    files = _listed(videos)
+    files = listed(videos)
     wanted = prompts_of(dimension)
     names = {f"{prompt}-{i}.mp4": prompt for prompt in wanted for i in range(SAMPLES)}
     planned = list(names)
@@ -233,7 +233,7 @@ def _custom(run: Path | None, videos: Path, dimension: str, prompts: Mapping[str
         there = [name for name in dict.fromkeys(planned) if name in files and files[name].is_file()]
         missing = [name for name in dict.fromkeys(planned) if name not in there]
     else:
-        files, known = _listed(videos), dict(prompts or {})
+        files, known = listed(videos), dict(prompts or {})
         there, missing = list(files), [name for name in known if name not in files]
         if needs.reads_prompt and (lost := [name for name in there if name not in known]):
             raise ConfigError(
@@ -246,7 +246,7 @@ def _custom(run: Path | None, videos: Path, dimension: str, prompts: Mapping[str
     )  # fmt: skip
 
 
-def _listed(videos: Path) -> dict[str, Path]:
+def listed(videos: Path) -> dict[str, Path]:
     """Name (composed Unicode) to path of the mp4 files of a folder, sorted; hidden files do not count."""
     every = sorted(path for path in videos.iterdir() if path.is_file() and not path.name.startswith("."))
     files = {unicodedata.normalize("NFC", path.name): path for path in every if path.suffix == ".mp4"}

@@ -25,11 +25,13 @@ from typing import Any
 from students.errors import ConfigError, EnvironmentMissingError
 from students.machine import home
 from tmd_eval.vbench import environment, weights
-from tmd_eval.vbench.dimensions import DIMENSIONS, FILTER_WEIGHTS, check_dimension
+from tmd_eval.vbench.dimensions import DIMENSIONS, check_dimension, engine_of, weights_of
 
 WORKER = Path(__file__).with_name("worker.py")
 STATIC = "static_filter"
 """Name of the static filter among the jobs."""
+ACTIONS = {STATIC: "static", "diversity_dino": "features", "diversity_clip": "features"}
+"""What a worker is asked for where it is not a dimension's score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Job:
     """Videos of one dimension for one worker."""
 
     dimension: str
-    """One of the sixteen, or ``STATIC``."""
+    """One of the sixteen, or another task of ``ACTIONS``."""
     items: Sequence[Item]
     """The videos."""
     parts: Path
@@ -130,7 +132,7 @@ def item_key(dimension: str, engine: str, digests: Mapping[str, str], video_sha2
     """Hash over all that decides a video's result.
 
     Args:
-        dimension: one of the sixteen, or ``STATIC``.
+        dimension: one of the sixteen, or another task of ``ACTIONS``.
         engine: "official" or "fast".
         digests: SHA-256 of the weights files.
         video_sha256: of the video.
@@ -138,13 +140,6 @@ def item_key(dimension: str, engine: str, digests: Mapping[str, str], video_sha2
     """
     text = json.dumps([dimension, engine, official_version(), dict(digests), video_sha256, list(item)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digests(dimension: str) -> dict[str, str]:
-    """SHA-256 of the weights that a dimension, or the static filter, reads."""
-    if dimension == STATIC:
-        return {path: weights.sha256(weights.folder() / path) for path in FILTER_WEIGHTS}
-    return weights.hashes(dimension)
 
 
 def read_parts(parts: Path) -> dict[str, dict[str, Any]]:
@@ -213,19 +208,21 @@ def list_names(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + more
 
 
-def devices(device: str, count: int | None) -> Workers:
+def devices(device: str, count: int | None, engine: str = "official") -> Workers:
     """Where workers run: one a GPU on "cuda", on the CPU as many as asked for, by default one.
 
     Under torchrun each process is one worker, on the GPU of its ``LOCAL_RANK``.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none, or the count is below 1.
+        ConfigError: a GPU is asked for and there is none, the count is below 1, or the engine unknown.
     """
+    if engine not in ("official", "fast"):
+        raise ConfigError(f"--engine must be official or fast, not {engine!r}.")
     if count is not None and count < 1:
         raise ConfigError(f"--workers must be at least 1, not {count}.")
     local = os.environ.get("LOCAL_RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     if device == "cpu":
-        return Workers(count=count or 1, device="cpu")
+        return Workers(count=count or 1, device="cpu", engine=engine)
     import torch
 
     if not torch.cuda.is_available():
@@ -236,7 +233,7 @@ def devices(device: str, count: int | None) -> Workers:
         names = [names[int(device.split(":")[1])]]
     elif local is not None:
         names = [names[int(local)]]
-    return Workers(count=count or len(names), device="cuda", gpus=tuple(names))
+    return Workers(count=count or len(names), device="cuda", gpus=tuple(names), engine=engine)
 
 
 def _pending(job: Job) -> Job:
@@ -271,10 +268,12 @@ def _score(job: Job, workers: Workers, gpu: str, attempt: int) -> str | None:
             link.parent.mkdir(parents=True)
             link.symlink_to(item.path.absolute())
             videos.append({"key": item.key, "path": str(link), "prompt": item.prompt, "auxiliary_info": item.auxiliary})
+        fast = engine_of(job.dimension, workers.engine) == "fast"
+        action = "fast" if fast else ACTIONS.get(job.dimension, "score")
         request = {
-            "action": "static" if job.dimension == STATIC else "score", "dimension": job.dimension,
-            "device": workers.device, "videos": videos, "results": str(job.parts / f"{job.name}.jsonl"),
-            "work": temporary, "engine": workers.engine, "weights": str(weights.folder() / FILTER_WEIGHTS[0]),
+            "action": action, "dimension": job.dimension, "device": workers.device,
+            "videos": videos, "results": str(job.parts / f"{job.name}.jsonl"), "work": temporary,
+            "weights": [str(weights.folder() / path) for path in weights_of(job.dimension)],
         }  # fmt: skip
         reply = _ask(request, gpu=gpu, log=log, append=attempt > 1, work=Path(temporary))
     if reply["ok"]:

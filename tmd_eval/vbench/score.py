@@ -18,8 +18,8 @@ import yaml
 from students.errors import ConfigError, IncompleteError
 from tmd_eval.files import write_atomic
 from tmd_eval.scores import write_rows
-from tmd_eval.vbench import plan, runner
-from tmd_eval.vbench.dimensions import DIMENSIONS, SAMPLES, check_dimension
+from tmd_eval.vbench import plan, runner, weights
+from tmd_eval.vbench.dimensions import DIMENSIONS, SAMPLES, check_dimension, engine_of
 from tmd_eval.vbench.plan import Facts, Selection, Video
 from tmd_eval.vbench.ranks import Ranks
 from tmd_eval.vbench.runner import STATIC, Item, Job, Workers
@@ -100,17 +100,17 @@ def score(
         }
         for name, selection in selections.items():
             plan.check_selection(name, selection, allow_partial=options.allow_partial)
-        found = _look(selections.values(), out, ranks)
+        found = inspect_videos(selections.values(), out, ranks)
         usual = _promised(folder)
-        selections = {name: _usable(name, s, found, usual, options) for name, s in selections.items()}
+        selections = {name: usable(name, s, found, usual, options) for name, s in selections.items()}
         failed: dict[str, str] = {}
         filter_record = None
         if filtered:
             selections["temporal_flickering"], filter_record = _keep_still(
                 selections["temporal_flickering"], found, out, workers, ranks, options
             )
-        items = {name: _items(name, selection, found, workers.engine) for name, selection in selections.items()}
-        failed |= _run(items, out, workers, ranks)
+        items = {name: items_of(name, selection, found, workers.engine) for name, selection in selections.items()}
+        failed |= run_jobs(items, out, workers, ranks)
         if ranks.rank:
             return {}
         scored = {name: _collect(name, selections[name], items[name], out, failed) for name in dimensions}
@@ -148,7 +148,7 @@ def _filters(folder: Path, dimensions: Sequence[str], options: Options) -> bool:
     return wanted
 
 
-def _look(selections: Any, out: Path, ranks: Ranks) -> Found:
+def inspect_videos(selections: Any, out: Path, ranks: Ranks) -> Found:
     """Decode every video once, each rank its share; what was read before under the same hash is not read again."""
     from hashlib import file_digest
 
@@ -198,7 +198,7 @@ def _promised(folder: Path) -> tuple[int, int, int, float] | None:
         return None
 
 
-def _usable(
+def usable(
     dimension: str,
     selection: Selection,
     found: Found,
@@ -236,8 +236,8 @@ def _keep_still(
     """
     everything = [*selection.videos, *selection.candidates]
     whole = Selection(videos=everything, expected=len(everything), protocol="standard")
-    items = {STATIC: _items(STATIC, whole, found, workers.engine)}
-    if failed := _run(items, out, workers, ranks):
+    items = {STATIC: items_of(STATIC, whole, found, workers.engine)}
+    if failed := run_jobs(items, out, workers, ranks):
         raise IncompleteError(f"The static filter failed: {failed[STATIC]}; see there, or give --no-static-filter.")
     rows = runner.read_parts(out / PARTS / STATIC)
     by_prompt: dict[str, list[Video]] = {video.prompt: [] for video in everything}
@@ -267,15 +267,17 @@ def _keep_still(
     )  # fmt: skip
 
 
-def _items(dimension: str, selection: Selection, found: Found, engine: str) -> list[Item]:
-    reads = dimension != STATIC and (DIMENSIONS[dimension].reads_prompt or DIMENSIONS[dimension].needs_prompts)
-    digests = runner.digests(dimension)
+def items_of(dimension: str, selection: Selection, found: Found, engine: str) -> list[Item]:
+    """The videos of a selection as workers get them, for a dimension or another task."""
+    one = DIMENSIONS.get(dimension)
+    reads = one is not None and (one.reads_prompt or one.needs_prompts)
+    digests = weights.hashes(dimension)
     items = []
     for video in selection.videos:
         link = _link_name(video) if selection.protocol == "custom" else video.name
-        auxiliary = (video.auxiliary or {}).get(dimension) if dimension != STATIC else None
+        auxiliary = (video.auxiliary or {}).get(dimension)
         seen = [video.prompt, link, auxiliary] if reads else []
-        key = runner.item_key(dimension, engine, digests, found.facts[video.path].sha256, seen)
+        key = runner.item_key(dimension, engine_of(dimension, engine), digests, found.facts[video.path].sha256, seen)
         record = None if auxiliary is None else {dimension: auxiliary}
         items.append(Item(key=key, path=video.path, link=link, prompt=video.prompt, auxiliary=record))
     return items
@@ -287,7 +289,7 @@ def _link_name(video: Video) -> str:
     return f"{text}-0.mp4"
 
 
-def _run(items: Mapping[str, list[Item]], out: Path, workers: Workers, ranks: Ranks) -> dict[str, str]:
+def run_jobs(items: Mapping[str, list[Item]], out: Path, workers: Workers, ranks: Ranks) -> dict[str, str]:
     """Score this rank's share; returns what failed on any rank."""
     jobs = []
     for dimension, every in items.items():

@@ -16,7 +16,7 @@ from students.errors import ConfigError
 from tmd_eval.files import write_json
 from tmd_eval.scores import merge_summary
 from tmd_eval.vbench import VERSION, plan, runner, statistics, weights
-from tmd_eval.vbench.dimensions import DIMENSIONS, LONG_SECONDS
+from tmd_eval.vbench.dimensions import DIMENSIONS, LONG_SECONDS, engine_of
 from tmd_eval.vbench.plan import Facts
 from tmd_eval.vbench.statistics import Sums
 from tmd_eval.vbench.totals import Totals
@@ -140,7 +140,9 @@ def write_summary(
         entries[name] = {
             "n": one.n, "value": value, "low": low, "high": high,
             "completeness": (one.n + one.undetected) / one.expected,
-            "metric_version": version + (" without static filter" if unfiltered else ""),
+            "metric_version": VERSION
+            + ("+fast" if engine_of(name, engine) == "fast" else "")
+            + (" without static filter" if unfiltered else ""),
             "weight_hashes": weights.hashes(name),
         }  # fmt: skip
         dimensions[name] = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from students.errors import ConfigError, EnvironmentMissingError, TmdError
 from students.machine import home
 from tmd_eval.files import TEMPORARY, disk_full, is_disk_full, write_json
-from tmd_eval.vbench.dimensions import DIMENSIONS
+from tmd_eval.vbench.dimensions import weights_of
 from tmd_eval.vbench.weights_manifest import BY_PATH, FILES, WeightFile
 
 PART = ".part"
@@ -33,8 +33,8 @@ def folder() -> Path:
 
 
 def needed(dimensions: Iterable[str]) -> list[WeightFile]:
-    """The files some dimensions need, each once, in the manifest's order."""
-    wanted = {name for dimension in dimensions for name in DIMENSIONS[dimension].weights}
+    """The files some dimensions, or other tasks of workers, need: each once, in the manifest's order."""
+    wanted = {name for dimension in dimensions for name in weights_of(dimension)}
     return [file for file in FILES if file.path in wanted]
 
 

@@ -1,9 +1,9 @@
 """Runs inside VBench's environment, as a script: one request in a JSON file, one reply in another.
 
-It must not import the project, whose packages conflict with VBench's. Called as ``python -I worker.py REQUEST REPLY``;
-the request is ``{"action": "import", "dimensions"}``, ``{"action": "score", "dimension", "videos", "results", "work",
-"device"}`` or ``{"action": "static", "weights", "videos", "results", "device"}``; each of the videos is ``{"key",
-"path", "prompt", "auxiliary_info"}``; the reply ``{"ok": true, ...}`` or ``{"ok": false, "error", "message",
+It must not import the project, whose packages conflict with VBench's. Called as ``python -I worker.py REQUEST REPLY``.
+The request is ``{"action": "import", "dimensions"}``, or for the actions "score", "static", "features" and "fast"
+``{"dimension", "weights", "videos", "results", "work", "device", "engine"}`` where each of the videos is ``{"key",
+"path", "prompt", "auxiliary_info"}``; the reply is ``{"ok": true, ...}`` or ``{"ok": false, "error", "message",
 "traceback"}``. A result is appended to the file ``results``, one JSON line a video, as soon as it is there, so that a
 killed worker loses one video. All connections to the network are refused: a metric whose weights are missing must fail,
 not fetch something that nobody recorded.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -72,9 +73,11 @@ class Results:
 
     def add(self, path: str, row: dict[str, Any] | None, seconds: float) -> None:
         """Write one video's result; None when the official code leaves the video out of the average."""
-        value = None if row is None else float(row["video_results"])
+        value: Any = None if row is None else row["video_results"]
+        if isinstance(value, bool) or hasattr(value, "item"):
+            value = float(value)
         extra = {} if row is None else {k: v for k, v in row.items() if k not in ("video_path", "video_results")}
-        if value is not None and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             value, extra = None, {"not_a_number": str(row and row["video_results"])}
         line = {"key": self.keys[path], "value": value, "extra": extra, "seconds": round(seconds, 3)}
         self.file.write((json.dumps(line, default=_number) + "\n").encode())
@@ -185,7 +188,7 @@ def static(request: dict[str, Any]) -> dict[str, Any]:
     from vbench.third_party.RAFT.core.utils_core.utils import InputPadder
 
     torch.load = functools.partial(torch.load, weights_only=False)
-    arguments = EasyDict(model=request["weights"], small=False, mixed_precision=False, alternate_corr=False)
+    arguments = EasyDict(model=request["weights"][0], small=False, mixed_precision=False, alternate_corr=False)
     raft = DynamicDegree(arguments, torch.device(request["device"]))
     raft.extract_frame = lambda frames, interval: frames  # all frames, not 8 a second
     results = Results(request["results"], request["videos"])
@@ -203,6 +206,47 @@ def static(request: dict[str, Any]) -> dict[str, Any]:
         still = sum(s > threshold for s in speeds[:-2]) <= allowed
         still = still and not any(s > threshold * allowed * 2 for s in speeds[-2:])
         results.add(video["path"], {"video_results": float(still)}, time.perf_counter() - start)
+    return {}
+
+
+def features(request: dict[str, Any]) -> dict[str, Any]:
+    """One feature vector a video: the mean of the normalised features of eight frames, DINO's or CLIP's."""
+    import torch
+    from torch.nn.functional import normalize
+    from vbench.utils import clip_transform, dino_transform, load_video
+
+    device = torch.device(request["device"])
+    torch.set_grad_enabled(False)
+    if request["dimension"] == "diversity_dino":
+        code = next(Path(path).parent for path in request["weights"] if path.endswith("hubconf.py"))
+        encode = torch.hub.load(str(code), "dino_vitb16", source="local").to(device).eval()
+        transform = dino_transform(224)
+    else:
+        import clip  # type: ignore[import-not-found]  # lives in VBench's environment
+
+        encode = clip.load(request["weights"][0], device=device)[0].encode_image
+        transform = clip_transform(224)
+    results = Results(request["results"], request["videos"])
+    for video in request["videos"]:
+        start = time.perf_counter()
+        frames = transform(load_video(video["path"], num_frames=8)).to(device)
+        vector = normalize(encode(frames).float(), dim=-1).mean(dim=0)
+        row = {"video_results": [round(x, 6) for x in vector.tolist()]}
+        results.add(video["path"], row, time.perf_counter() - start)
+    return {}
+
+
+def fast(request: dict[str, Any]) -> dict[str, Any]:
+    """Let the fast engine, in the file beside this one, do a task that it has a function for."""
+    import torch
+
+    spec = importlib.util.spec_from_file_location("fast", Path(__file__).with_name("fast.py"))
+    assert spec is not None and spec.loader is not None
+    engine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(engine)
+    torch.load = functools.partial(torch.load, weights_only=False)
+    torch.set_grad_enabled(False)
+    engine.TASKS[request["dimension"]](request, Results(request["results"], request["videos"]).add)
     return {}
 
 
@@ -229,7 +273,8 @@ def main() -> None:
             importlib.import_module("vbench.utils")  # torch and torchvision, once for all
             reply = {"ok": True, "reasons": {name: why_not(name) for name in request["dimensions"]}}
         else:
-            reply = {"ok": True, **{"score": score, "static": static}[request["action"]](request)}
+            actions = {"score": score, "static": static, "features": features, "fast": fast}
+            reply = {"ok": True, **actions[request["action"]](request)}
     except Exception as error:
         reply = {"ok": False, "error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
     Path(sys.argv[2]).write_text(json.dumps(reply))
