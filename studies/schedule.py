@@ -283,6 +283,8 @@ def _spaced(trials: list[Trial], spacing: int, rng: random.Random) -> list[Trial
             while left:
                 recent = {trial.prompt for trial in order[-width:]}
                 allowed = [trial for trial in left if trial.prompt not in recent]
+                if not order:  # a catch trial that opens the sheet would be met before the task is known
+                    allowed = [trial for trial in left if trial.kind == "main"] or allowed
                 if not allowed:
                     break
                 chosen = max(allowed, key=lambda trial: counts[trial.prompt])  # the first of the most frequent prompts
@@ -291,8 +293,7 @@ def _spaced(trials: list[Trial], spacing: int, rng: random.Random) -> list[Trial
                 counts[chosen.prompt] -= 1
                 left.remove(chosen)
                 order.append(chosen)
-            # A catch trial that opens the sheet would be met before the task is known.
-            if not left and (order[0].kind == "main" or all(trial.kind != "main" for trial in order)):
+            if not left:
                 return order
     return rng.sample(trials, len(trials))
 
