@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any, Literal
 
 from studies.design import QUESTIONS, Design
@@ -103,8 +104,11 @@ def build_schedule(design: Design, spare_prompts: Sequence[str] = ()) -> tuple[S
     practice = _practice(design, spare_prompts, rng)
     first = [QUESTIONS[number % 2] for number in range(len(mains))]
     rng.shuffle(first)
+    turns = count(rng.randrange(2))  # the good clip of obvious trials stands left and right in turn
     return tuple(
-        Sheet(first_question=first[number], trials=(*practice, *_order(design, number, trials, len(practice), rng)))
+        Sheet(
+            first_question=first[number], trials=(*practice, *_order(design, number, trials, len(practice), turns, rng))
+        )
         for number, trials in enumerate(mains)
     )
 
@@ -168,11 +172,11 @@ def _deal(design: Design, rng: random.Random) -> list[_Place]:
     pairs, prompts = len(design.pairs), len(design.prompts)
     rounds = design.seeds * design.votes_per_item
     total = prompts * rounds
-    count = -(-pairs * total // design.main_trials)
+    sheets = -(-pairs * total // design.main_trials)
     places = []
     for pair in range(pairs):
         # Cumulative shares, each pair offset so that its larger runs fall on other sheets than the pair before's.
-        ends = [(sheet * total * pairs + pair * count) // (count * pairs) for sheet in range(1, count)] + [total]
+        ends = [(sheet * total * pairs + pair * sheets) // (sheets * pairs) for sheet in range(1, sheets)] + [total]
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         seeds = []
         for _ in range(prompts):
@@ -236,7 +240,9 @@ def catch_pool(design: Design) -> tuple[ClipRef, ...]:
     )
 
 
-def _order(design: Design, number: int, mains: list[Trial], offset: int, rng: random.Random) -> list[Trial]:
+def _order(
+    design: Design, number: int, mains: list[Trial], offset: int, turns: Iterator[int], rng: random.Random
+) -> list[Trial]:
     """Add the catch trials and bring all into an order with spacing; ``offset`` is the first one's position."""
     kinds: list[Kind] = []
     for catch in range(design.catch_trials):
@@ -250,7 +256,7 @@ def _order(design: Design, number: int, mains: list[Trial], offset: int, rng: ra
     for place, kind in enumerate(kinds):
         clip = fresh[place % len(fresh)]
         if kind == "obvious":
-            extra.append(_obvious(clip, replace(clip, corrupted=True), (number + place) % 2 == 0, "obvious"))
+            extra.append(_obvious(clip, replace(clip, corrupted=True), next(turns) % 2 == 0, "obvious"))
         elif kind == "identical":
             extra.append(Trial(kind="identical", prompt=clip.prompt, left=clip, right=clip))
     order = _spaced([*mains, *extra], design.spacing, rng)
@@ -274,12 +280,10 @@ def _original(repeat: Trial, order: Sequence[Trial], placed: dict[int, int]) -> 
 def _spaced(trials: list[Trial], spacing: int, rng: random.Random) -> list[Trial]:
     """A random order in which no prompt comes back within ``spacing`` trials, or the widest spacing that works."""
     for width in range(spacing, 0, -1):
-        for _ in range(50):
+        for attempt in range(50):
             left = rng.sample(trials, len(trials))
             order: list[Trial] = []
-            counts: dict[str, int] = defaultdict(int)
-            for trial in left:
-                counts[trial.prompt] += 1
+            counts: Counter[str] = Counter(trial.prompt for trial in left)
             while left:
                 recent = {trial.prompt for trial in order[-width:]}
                 allowed = [trial for trial in left if trial.prompt not in recent]
@@ -287,9 +291,9 @@ def _spaced(trials: list[Trial], spacing: int, rng: random.Random) -> list[Trial
                     allowed = [trial for trial in left if trial.kind == "main"] or allowed
                 if not allowed:
                     break
-                chosen = max(allowed, key=lambda trial: counts[trial.prompt])  # the first of the most frequent prompts
-                if counts[chosen.prompt] == 1:
-                    chosen = allowed[0]
+                chosen = allowed[0]
+                if attempt >= 25:  # chance alone got stuck: spend the most frequent prompts first
+                    chosen = max(allowed, key=lambda trial: counts[trial.prompt])
                 counts[chosen.prompt] -= 1
                 left.remove(chosen)
                 order.append(chosen)
