@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from leaderboard import figures
 from leaderboard.display import Display
@@ -10,8 +11,8 @@ from leaderboard.figures import Figure, Point
 from leaderboard.labels import place_labels
 from leaderboard.matrix import MatrixRow
 
-LONGEST = 12
-"""Rows with a label in the figure of diversity, at most; those farthest from the diagonal's good end come first."""
+LABELLED = 14
+"""Rows with a label in the figure of diversity, at most: ablations first, then the least diverse."""
 
 
 def against_nfe(rows: Sequence[MatrixRow], display: Display, *, name: str) -> Figure | None:
@@ -78,7 +79,11 @@ def diversity_against(rows: Sequence[MatrixRow], display: Display, diversity: Di
         axes.set_axisbelow(True)
         axes.tick_params(length=0, pad=5)
         order = sorted(range(len(points)), key=lambda i: (places[i][0].ablation is None, points[i].y))
-        place_labels(drawing, axes, [points[i] for i in order[:LONGEST]], points, [])
+        spans = [
+            [replace(p, x=left), replace(p, x=right)]
+            for p, (_, (_, left, right), _) in zip(points, places, strict=True)
+        ]
+        place_labels(drawing, axes, [points[i] for i in order[:LABELLED]], points, spans)
         text = "; ".join(
             f"{row.name}: {display.number(_value(row, display))} and {diversity.number(_value(row, diversity))}"
             for row, *_ in places
