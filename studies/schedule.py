@@ -312,14 +312,15 @@ def _with_repeat(order: list[Trial], spacing: int, rng: random.Random) -> list[T
     ] or [trial for trial in order if trial.kind == "main" and (trial.pair, trial.prompt) not in repeated]
     if not early:
         return order
-    trial = rng.choice(early)
-    spots = list(range(max(order.index(trial) + 1, 2 * len(order) // 3), len(order) + 1))
-    clear = [
-        spot
-        for spot in spots
-        if all(other.prompt != trial.prompt for other in order[max(0, spot - spacing) : spot + spacing])
-    ]
-    spot = rng.choice(clear or spots)
+    choices = []
+    for trial in rng.sample(early, len(early)):
+        spots = range(max(order.index(trial) + 1, 2 * len(order) // 3), len(order) + 1)
+        near = [{other.prompt for other in order[max(0, spot - spacing) : spot + spacing]} for spot in spots]
+        clear = [spot for spot, texts in zip(spots, near, strict=True) if trial.prompt not in texts]
+        choices.append((trial, rng.choice(clear or spots)))
+        if clear:
+            break
+    trial, spot = choices[-1]
     again = replace(
         trial, kind="repeat", left=trial.right, right=trial.left, a_left=not trial.a_left, repeat_of=order.index(trial)
     )
