@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import sys
 from pathlib import Path
 
 from students.dmd2v import DMD2V_KIND
@@ -53,10 +55,16 @@ def method_kind(name: str) -> MethodKind:
 def _run(path: Path, name: str) -> object:
     if not path.is_file():
         raise ConfigError(f"method.name is {name!r}, but there is no file {path}; give its path from here.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    unique = f"own_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(unique, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[unique] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[unique]
+        raise
     return module
 
 

@@ -15,7 +15,9 @@ from students.settings import Layer, build, flag_layer, merge
 from students.tm_mf import TMMFConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RUNS = sorted(path for path in EXAMPLES.glob("*.yaml") if "_stage" in path.name)
+COMMON = ("micro", "wan")
+RUNS = sorted(p for p in EXAMPLES.glob("*.yaml") if p.stem not in COMMON and "matrix" not in p.stem)
+"""Every training preset; a matrix is a file of tmd-eval experiment."""
 
 
 def write(path: Path, text: str) -> Path:
@@ -163,46 +165,81 @@ def test_build_reports_unknown_names_before_bad_values() -> None:
         build(StudentConfig, merge([layer]))
 
 
+BASES = {
+    "micro": "micro",
+    "wan1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+}
+OWN = "examples/discrete_consistency.py:KIND"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)  # a preset names a file of its own from here
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_examples_resolve(path: Path) -> None:
     config = load_config(path, environ={})
-    model, _, shape, stage = path.stem.split("_")
-    n, h = map(int, shape.removeprefix("n").split("h"))
-    assert (config.method.n, config.student.h) == (n, h)
-    assert Path(config.out).name == path.stem
-    assert config.method_name == {"stage1": "tm_mf", "stage2": "tmd_stage2"}[stage]
-    assert config.base == {
-        "micro": "micro", "wan1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers"
-    }[model]  # fmt: skip
-    if stage == "stage2":  # starts where its stage 1 ends, with the same shape and grids
-        first = load_config(path.with_name(path.name.replace("stage2", "stage1")), environ={})
-        assert config.parent == f"{first.out}/checkpoint" and config.student == first.student
+    model, method, *rest = path.stem.split("_")
+    assert config.base == BASES[model] and Path(config.out).name == path.stem
+    if config.parent is not None:  # starts where another preset ends, on the same base model
+        first = load_config(EXAMPLES / f"{Path(config.parent).parent.name}.yaml", environ={})
+        assert config.parent == f"{first.out}/checkpoint" and config.base == first.base
+        assert first.kind.flow_head == config.kind.flow_head and first.method.m == config.method.m
+    if method == "tmd":
+        n, h = map(int, rest[0].removeprefix("n").split("h"))
+        assert (config.method.n, config.student.h) == (n, h)
+        assert config.method_name == {"stage1": "tm_mf", "stage2": "tmd_stage2"}[rest[1]]
+    else:
+        names = {"kd": "kd", "consistency": OWN}
+        assert config.method_name == (names.get(rest[-1], method) if rest else method)
+        assert not config.kind.flow_head and "student" not in config.tree()
+    if method == "tmd" and rest[1] == "stage2":  # with the same shape and grids
+        assert config.student == first.student
         grids = ("m", "n", "gamma_outer", "gamma_inner")
         assert [getattr(config.method, g) for g in grids] == [getattr(first.method, g) for g in grids]
+    if path.stem.endswith("dmd2v_m1"):
+        assert first.method_name == "kd", "the KD warm-up is for M = 1"
+    elif config.method_name == "dmd2v":
+        assert config.parent is None and config.method.m > 1
 
 
 def test_wan_examples_are_table_7() -> None:
-    """Learning rates, iterations and the loss constant of the paper's Table 7 at M = 2."""
+    """Learning rates, iterations and the loss constant of the paper's Table 7; rCM's as released."""
     rows = {p.stem: load_config(p, environ={}) for p in RUNS if p.stem.startswith("wan")}
     found = {name: (c.optimiser.rate("student"), c.iterations) for name, c in rows.items()}
     assert found == {
         "wan1.3b_tmd_n2h5_stage1": (3e-5, 3000), "wan1.3b_tmd_n2h5_stage2": (1e-5, 4000),
         "wan1.3b_tmd_n4h5_stage1": (3e-5, 3000), "wan1.3b_tmd_n4h5_stage2": (1e-5, 4000),
         "wan14b_tmd_n4h5_stage1": (1e-5, 3000), "wan14b_tmd_n4h5_stage2": (1e-5, 1000),
+        "wan1.3b_dmd2v_kd": (7e-5, 10000), "wan1.3b_dmd2v_m1": (1e-5, 12000), "wan1.3b_dmd2v_m2": (1e-5, 4000),
+        "wan1.3b_dmd2v_m4": (1e-5, 4000), "wan14b_dmd2v_kd": (7e-5, 5000), "wan14b_dmd2v_m1": (1e-5, 5000),
+        "wan14b_dmd2v_m2": (1e-5, 1000), "wan1.3b_rcm": (2e-6, 10000), "wan14b_rcm": (1e-6, 10000),
     }  # fmt: skip
     for name, config in rows.items():
-        assert (config.batch, config.precision, config.method.m) == (64, "bf16", 2)
-        assert (config.optimiser.weight_decay, config.optimiser.betas, config.optimiser.eps) == (
-            0.01,
-            (0.9, 0.99),
-            1e-8,
-        )
-        rates = {config.optimiser.rate(n) for n in ("fake_score", "discriminator")}
-        assert name.endswith("stage1") or rates == {1e-5}
-        assert (config.method.gamma_outer, config.method.gamma_inner) == (10, 10)
-        if isinstance(config.method, TMMFConfig):
-            assert (config.method.guidance, config.method.gamma_s, config.method.matching_share) == (3, 3, 0.75)
-            assert config.method.c_factor == (1e-5 if "14b" in name else 1)
+        optimiser, method = config.optimiser, config.method
+        assert (config.batch, config.precision, optimiser.weight_decay, optimiser.eps) == (64, "bf16", 0.01, 1e-8)
+        if "rcm" in name:
+            assert optimiser.betas == (0, 0.999) and optimiser.clip is None and optimiser.warmup == 100
+            assert optimiser.rate("fake_score") == (1e-7 if "14b" in name else 4e-7)
+            assert (method.guidance, method.consistency_weight, method.dmd_weight, method.gamma_dmd) == (5, 100, 1, 5)
+            released = (1.5, 1.6, 0, 10, 200) if "14b" in name else (0.7, 1.6, 1000, 5, 80)
+            ours = (method.sigma_mean, method.sigma_deviation, method.tangent_warmup, method.student_every)
+            assert (*ours, method.sigma_max) == released
+            continue
+        assert optimiser.betas == (0.9, 0.99)
+        if config.method_name in ("dmd2v", "tmd_stage2"):
+            assert {optimiser.rate(n) for n in ("fake_score", "discriminator")} == {1e-5}
+            assert (method.guidance, method.gamma_dmd, method.gan_weight, method.student_every) == (5, 5, 0.03, 5)
+        if config.method_name == "kd":
+            assert (method.trajectories, method.skip, method.guidance, method.m) == (10_000, 10, 5, 1)
+        assert method.gamma_outer == (5 if name.endswith("m4") else 10)
+        if "tmd" in name:
+            assert (method.m, method.gamma_inner) == (2, 10)
+        if isinstance(method, TMMFConfig):
+            assert (method.guidance, method.gamma_s, method.matching_share) == (3, 3, 0.75)
+            assert method.c_factor == (1e-5 if "14b" in name else 1)
 
 
 def test_the_table_of_examples_is_true() -> None:
@@ -212,7 +249,11 @@ def test_the_table_of_examples_is_true() -> None:
     assert sorted(cells) == [path.stem for path in RUNS]
     for path in RUNS:
         config = load_config(path, environ={})
-        m, n, h = config.method.m, config.method.n, config.student.h
+        form = f"{config.method.n}, {config.student.h}" if config.kind.flow_head else "\u2013, \u2013"
         shape, iterations, batch, rate = cells[path.stem]
-        assert shape == f"{m}, {n}, {h}" and iterations == f"{config.iterations:,}" and batch == str(config.batch)
+        assert (
+            shape == f"{config.method.m}, {form}"
+            and iterations == f"{config.iterations:,}"
+            and batch == str(config.batch)
+        )
         assert float(rate) == config.optimiser.lr
