@@ -56,7 +56,8 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=_fresh_store(), rank=self.rank, world_size=self.world)
             self._opened = True
         return self
 
@@ -123,3 +124,14 @@ class Ranks:
         flat /= self.world
         for tensor, part in zip(chosen, flat.split([t.numel() for t in chosen]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def _fresh_store() -> dist.Store | None:
+    """torchrun's store with names of this attempt's own; None lets torch make one where torchrun has none.
+
+    torch 2.14 hands the same store to every attempt, so that a restarted rank may find the addresses of dead ones.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -28,6 +29,7 @@ def in_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout: flo
             "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
+        faulthandler.dump_traceback_later(timeout - 5)  # where it waits
         try:
             outcome = (True, work(*arguments))
         except BaseException:
