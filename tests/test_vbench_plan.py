@@ -78,7 +78,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[str]:
                 value = answer(name, video | {"dimension": request["dimension"]})
             except ValueError as error:
                 return {"ok": False, "error": "ValueError", "message": str(error), "traceback": ""}
-            results.add(video["path"], None if value is None else {"video_results": value, "frame_pairs": 2}, 0.25)
+            results.add(video["path"], None if value is None else {"video_results": value, "frame_pairs": 2})
         return {"ok": True}
 
     monkeypatch.setattr(runner, "_ask", ask)
@@ -382,3 +382,43 @@ def test_a_whole_protocol_starts_only_when_all_sixteen_are_ready(monkeypatch: py
     with pytest.raises(ConfigError, match="did you mean color"):
         monkeypatch.undo()
         _dimensions(["colour"], True, whole=False, un=False)
+
+
+def test_totals_come_when_the_sixteenth_does_and_go_when_one_is_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "all.json"
+    info.write_text(json.dumps([{"prompt_en": p, "dimension": list(DIMENSIONS)} for p in ("a cup", "a dog")]))
+    monkeypatch.setattr(runner, "full_info", lambda: info)
+    videos, run = tmp_path / "videos", tmp_path / "run"
+    for prompt in ("a cup", "a dog"):
+        for index in range(5):
+            clip(videos / f"{prompt}-{index}.mp4")
+    extra = {"frame_pairs": 2, "cnt_per_video": 2, "frame_count": 16, "frame_results": [0.5] * 16}
+    answer_with(monkeypatch, by_name)
+    monkeypatch.setattr(Results, "add", _add_with(extra))
+    names = list(DIMENSIONS)
+    first = score(videos, run, names[:9])
+    assert first["totals"] is None and len(first["dimensions"]) == 9
+    record = score(videos, run, names[9:])
+    assert len(record["dimensions"]) == 16 and not record["not_measured"]
+    summary = json.loads((run / "scores" / "summary.json").read_text())
+    from tmd_eval.vbench.totals import totals
+
+    expected = totals({name: summary[name]["value"] for name in DIMENSIONS})
+    for key, value in expected._asdict().items():
+        assert summary[key]["value"] == pytest.approx(value, abs=1e-12) == record["totals"][key]["value"]
+        assert summary[key]["low"] <= summary[key]["value"] <= summary[key]["high"]
+    (videos / "a dog-4.mp4").unlink()
+    partial = score(videos, run, ["scene"], allow_partial=True)
+    summary = json.loads((run / "scores" / "summary.json").read_text())
+    assert partial["totals"] is None and not set(expected._asdict()) & set(summary) and len(summary) == 16
+
+
+def _add_with(extra: dict[str, Any]) -> Callable[..., None]:
+    add = Results.add
+
+    def more(self: Results, path: str, row: dict[str, Any] | None) -> None:
+        add(self, path, None if row is None else {**row, **extra})
+
+    return more

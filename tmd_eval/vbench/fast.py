@@ -15,7 +15,6 @@ The rest (background consistency, aesthetic quality, ViCLIP's two) is batched an
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +27,7 @@ def batches(frames: Any) -> Iterator[Any]:
         yield frames[start : start + BATCH]
 
 
-def subject_consistency(request: dict[str, Any], add: Callable[..., None]) -> None:
+def subject_consistency(request: dict[str, Any], results: Any) -> None:
     """Mean of the cosines with the previous and the first frame, each at least 0, in DINO's features."""
     import torch
     from torch.nn.functional import normalize
@@ -37,17 +36,17 @@ def subject_consistency(request: dict[str, Any], add: Callable[..., None]) -> No
     model = torch.hub.load(**init_submodules(["subject_consistency"], local=True)["subject_consistency"])
     model, transform = model.to(request["device"]), dino_transform(224)
     for video in request["videos"]:
-        start = time.perf_counter()
+        results.start()
         images = transform(load_video(video["path"]))
         features = torch.cat([model(batch.to(request["device"])) for batch in batches(images)])
         features = normalize(features, dim=-1)
         previous = (features[1:] * features[:-1]).sum(dim=-1).clamp(min=0)
         first = (features[1:] * features[:1]).sum(dim=-1).clamp(min=0)
         value = ((previous + first) / 2).double().mean().item()
-        add(video["path"], {"video_results": value, "frame_pairs": len(images) - 1}, time.perf_counter() - start)
+        results.add(video["path"], {"video_results": value, "frame_pairs": len(images) - 1})
 
 
-def appearance_style(request: dict[str, Any], add: Callable[..., None]) -> None:
+def appearance_style(request: dict[str, Any], results: Any) -> None:
     """Mean cosine of CLIP's features of the frames and of the style's text."""
     import clip  # type: ignore[import-not-found]  # lives in VBench's environment
     import torch
@@ -59,7 +58,7 @@ def appearance_style(request: dict[str, Any], add: Callable[..., None]) -> None:
     model, _ = clip.load(request["weights"][0], device=device)
     texts: dict[str, Any] = {}
     for video in request["videos"]:
-        start = time.perf_counter()
+        results.start()
         style = video["auxiliary_info"]["appearance_style"]["appearance_style"]
         if style not in texts:
             texts[style] = normalize(model.encode_text(clip.tokenize([style]).to(device)), dim=-1)
@@ -69,10 +68,10 @@ def appearance_style(request: dict[str, Any], add: Callable[..., None]) -> None:
             features = normalize(model.encode_image(torch.stack(batch).to(device)), dim=-1)
             cosines += (model.logit_scale.exp() * features @ texts[style].T / 100)[:, 0].tolist()
         row = {"video_results": sum(cosines) / len(cosines), "frame_results": cosines, "cur_sim": cosines[-1]}
-        add(video["path"], row, time.perf_counter() - start)
+        results.add(video["path"], row)
 
 
-def imaging_quality(request: dict[str, Any], add: Callable[..., None]) -> None:
+def imaging_quality(request: dict[str, Any], results: Any) -> None:
     """Mean of MUSIQ's score of each frame, 0 to 100."""
     from pyiqa.archs.musiq_arch import MUSIQ  # type: ignore[import-not-found]  # lives in VBench's environment
     from vbench.imaging_quality import transform
@@ -80,10 +79,10 @@ def imaging_quality(request: dict[str, Any], add: Callable[..., None]) -> None:
 
     model = MUSIQ(pretrained_model_path=request["weights"][0]).to(request["device"]).eval()
     for video in request["videos"]:
-        start = time.perf_counter()
+        results.start()
         images = transform(load_video(video["path"]), "longer")
         scores = [score for batch in batches(images) for score in model(batch.to(request["device"])).flatten().tolist()]
-        add(video["path"], {"video_results": sum(scores) / len(scores)}, time.perf_counter() - start)
+        results.add(video["path"], {"video_results": sum(scores) / len(scores)})
 
 
 class Flows:
@@ -139,11 +138,11 @@ def _raft(request: dict[str, Any]) -> Any:
     return DynamicDegree(arguments, torch.device(request["device"]))
 
 
-def dynamic_degree(request: dict[str, Any], add: Callable[..., None]) -> None:
+def dynamic_degree(request: dict[str, Any], results: Any) -> None:
     """Whether enough neighbouring frames, 8 a second, move fast enough."""
     raft = _raft(request)
     for video in request["videos"]:
-        start = time.perf_counter()
+        results.start()
         frames = raft.get_frames(video["path"])
         raft.set_params(frame=frames[0], count=len(frames))
         threshold, wanted = raft.params["thres"], raft.params["count_num"]
@@ -154,15 +153,15 @@ def dynamic_degree(request: dict[str, Any], add: Callable[..., None]) -> None:
             moves = fast >= wanted
             if moves or fast + (len(frames) - 2 - place) < wanted:
                 break
-        add(video["path"], {"video_results": moves}, time.perf_counter() - start)
+        results.add(video["path"], {"video_results": moves})
 
 
-def static_filter(request: dict[str, Any], add: Callable[..., None]) -> None:
+def static_filter(request: dict[str, Any], results: Any) -> None:
     """VBench's static filter; see ``static`` in worker.py for its rule."""
     raft = _raft(request)
     raft.extract_frame = lambda frames, interval: frames
     for video in request["videos"]:
-        start = time.perf_counter()
+        results.start()
         frames = raft.get_frames(video["path"])
         last = len(frames) - 1
         threshold, allowed = 3.0 * min(frames[0].shape[-2:]) / 256.0, round(2 * len(frames) / 16.0)
@@ -173,7 +172,7 @@ def static_filter(request: dict[str, Any], add: Callable[..., None]) -> None:
                 break
             fast += flows.speed(place, place + 1, 0.02) > threshold
             still = fast <= allowed
-        add(video["path"], {"video_results": still}, time.perf_counter() - start)
+        results.add(video["path"], {"video_results": still})
 
 
 TASKS: dict[str, Callable[..., None]] = {

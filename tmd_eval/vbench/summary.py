@@ -22,8 +22,8 @@ from tmd_eval.vbench.statistics import Sums
 from tmd_eval.vbench.totals import Totals
 
 RECORD = Path("scores", "vbench.json")
-TOTALS = {key: f"vbench_{key}" for key in Totals._fields}
-"""Names of the totals in summary.json."""
+TOTALS = Totals._fields
+"""Names of the totals in summary.json: those that published rows have on the leaderboard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def write_summary(
         }  # fmt: skip
         if one.partial:
             entries[name]["partial"] = True
-    gone = [*not_measured, *TOTALS.values()]
+    gone = [*not_measured, *TOTALS]
     whole = len(dimensions) == len(DIMENSIONS) and not any(d["partial"] for d in dimensions.values())
     totals = None
     if whole and protocol["set"] == "standard":
@@ -160,7 +160,7 @@ def write_summary(
             for key, (value, low, high) in statistics.totals_intervals(read_sums(out)).items()
         }
         for key, total in totals.items():
-            entries[TOTALS[key]] = {
+            entries[key] = {
                 "n": sum(d["n"] for d in dimensions.values()), **total, "completeness": 1.0,
                 "metric_version": version, "weight_hashes": {},
             }  # fmt: skip

@@ -70,16 +70,23 @@ class Results:
         if self.file.tell() and not Path(path).read_bytes().endswith(b"\n"):
             self.file.write(b"\n")  # after a line that a killed worker left half-written
         self.keys = {video["path"]: video["key"] for video in videos}
+        self.start()
 
-    def add(self, path: str, row: dict[str, Any] | None, seconds: float) -> None:
+    def start(self) -> None:
+        """A video begins."""
+        self.clocks = time.perf_counter(), time.process_time()
+
+    def add(self, path: str, row: dict[str, Any] | None) -> None:
         """Write one video's result; None when the official code leaves the video out of the average."""
+        seconds, cpu = time.perf_counter() - self.clocks[0], time.process_time() - self.clocks[1]
         value: Any = None if row is None else row["video_results"]
         if isinstance(value, bool) or hasattr(value, "item"):
             value = float(value)
         extra = {} if row is None else {k: v for k, v in row.items() if k not in ("video_path", "video_results")}
         if isinstance(value, float) and not math.isfinite(value):
             value, extra = None, {"not_a_number": str(row and row["video_results"])}
-        line = {"key": self.keys[path], "value": value, "extra": extra, "seconds": round(seconds, 3)}
+        line = {"key": self.keys[path], "value": value, "extra": extra}
+        line |= {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
         self.file.write((json.dumps(line, default=_number) + "\n").encode())
         os.fsync(self.file.fileno())
 
@@ -106,7 +113,7 @@ def one_by_one(inner: Callable[..., Any], dimension: str, results: Results) -> C
         place = next(i for i, a in enumerate(arguments) if isinstance(a, list))  # the only list of all signatures
         rows: list[dict[str, Any]] = []
         for item in arguments[place]:
-            start = time.perf_counter()
+            results.start()
             path = item if isinstance(item, str) else item["video_list"][0]
             try:
                 _, found = inner(*arguments[:place], [item], *arguments[place + 1 :], **options)
@@ -116,7 +123,7 @@ def one_by_one(inner: Callable[..., Any], dimension: str, results: Results) -> C
                 found = []  # no object of the prompt with any colour: the official average leaves the video out
             if found and dimension == "subject_consistency":
                 found[0]["frame_pairs"] = frame_pairs(path)
-            results.add(path, found[0] if found else None, time.perf_counter() - start)
+            results.add(path, found[0] if found else None)
             rows += found
         return 0.0, rows
 
@@ -193,7 +200,7 @@ def static(request: dict[str, Any]) -> dict[str, Any]:
     raft.extract_frame = lambda frames, interval: frames  # all frames, not 8 a second
     results = Results(request["results"], request["videos"])
     for video in request["videos"]:
-        start = time.perf_counter()
+        results.start()
         frames = raft.get_frames(video["path"])
         threshold, allowed = 3.0 * min(frames[0].shape[-2:]) / 256.0, round(2 * len(frames) / 16.0)
         pairs = [*itertools.pairwise(frames), (frames[0], frames[-1]), (frames[-1], frames[0])]
@@ -205,7 +212,7 @@ def static(request: dict[str, Any]) -> dict[str, Any]:
                 speeds.append(float(speed[: int(len(speed) * 0.02)].mean()))
         still = sum(s > threshold for s in speeds[:-2]) <= allowed
         still = still and not any(s > threshold * allowed * 2 for s in speeds[-2:])
-        results.add(video["path"], {"video_results": float(still)}, time.perf_counter() - start)
+        results.add(video["path"], {"video_results": float(still)})
     return {}
 
 
@@ -228,11 +235,11 @@ def features(request: dict[str, Any]) -> dict[str, Any]:
         transform = clip_transform(224)
     results = Results(request["results"], request["videos"])
     for video in request["videos"]:
-        start = time.perf_counter()
+        results.start()
         frames = transform(load_video(video["path"], num_frames=8)).to(device)
         vector = normalize(encode(frames).float(), dim=-1).mean(dim=0)
         row = {"video_results": [round(x, 6) for x in vector.tolist()]}
-        results.add(video["path"], row, time.perf_counter() - start)
+        results.add(video["path"], row)
     return {}
 
 
@@ -246,7 +253,7 @@ def fast(request: dict[str, Any]) -> dict[str, Any]:
     spec.loader.exec_module(engine)
     torch.load = functools.partial(torch.load, weights_only=False)
     torch.set_grad_enabled(False)
-    engine.TASKS[request["dimension"]](request, Results(request["results"], request["videos"]).add)
+    engine.TASKS[request["dimension"]](request, Results(request["results"], request["videos"]))
     return {}
 
 

@@ -1,0 +1,130 @@
+"""The fast engine gives the official values, and sixteen dimensions run end to end with full-size random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from students.errors import EnvironmentMissingError
+from tmd_eval.vbench import detectron, environment, plan, runner, weights
+from tmd_eval.vbench.dimensions import DIMENSIONS, FAST
+from tmd_eval.vbench.score import Options, score
+from tmd_eval.video import write_video
+
+RAFT = """
+import importlib.util, sys
+import torch
+from easydict import EasyDict
+from vbench.third_party.RAFT.core.raft import RAFT
+from vbench.third_party.RAFT.core.utils_core.utils import InputPadder
+
+spec = importlib.util.spec_from_file_location("fast", sys.argv[1])
+fast = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fast)
+torch.manual_seed(0)
+torch.set_grad_enabled(False)
+model = RAFT(EasyDict(small=False, mixed_precision=False, alternate_corr=False)).eval()
+frames = [torch.rand(1, 3, 130, 140) * 255 for _ in range(3)]  # padded to 136 x 144
+flows = fast.Flows(model, frames)
+for one, other in ((0, 1), (1, 2), (2, 0)):
+    padded = InputPadder(frames[0].shape).pad(frames[one], frames[other])
+    _, flow = model(*padded, iters=20, test_mode=True)
+    speeds = flow[0].norm(dim=0).flatten().sort(descending=True).values
+    print(float(speeds[: int(len(speeds) * 0.05)].mean()), flows.speed(one, other, 0.05))
+"""
+
+
+@pytest.fixture(scope="module")
+def vbench_environment() -> Path:
+    """The managed environment; skips where it cannot be built, fails under CI."""
+    try:
+        environment.setup()
+    except EnvironmentMissingError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+    return environment.folder()
+
+
+@pytest.fixture(scope="module")
+def random_weights(vbench_environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Full-size random weights of everything, 7 GB; TMD_EVAL_RANDOM_WEIGHTS names a folder that keeps them."""
+    kept = os.environ.get("TMD_EVAL_RANDOM_WEIGHTS")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("weights")
+    script = Path(__file__).with_name("vbench_random_weights.py")
+    subprocess.run([str(environment.python()), str(script), str(folder)], check=True)
+    return folder
+
+
+def test_raft_s_shortcuts_change_nothing(vbench_environment: Path) -> None:
+    script = Path(runner.__file__).with_name("fast.py")
+    done = subprocess.run(
+        [str(environment.python()), "-c", RAFT, str(script)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    pairs = [tuple(map(float, line.split())) for line in done.stdout.strip().splitlines()]
+    assert len(pairs) == 3
+    for official, ours in pairs:
+        assert official > 0 and ours == pytest.approx(official, rel=1e-4)
+
+
+def clips(folder: Path, prompts: list[str], frames: int) -> Path:
+    folder.mkdir()
+    for number, prompt in enumerate(prompts):
+        tile = np.random.default_rng(number).integers(0, 255, (32, 36, 3)).astype(np.uint8)
+        image = tile.repeat(8, 0).repeat(8, 1)
+        write_video(
+            folder / f"{prompt}-0.mp4",
+            np.stack([image[t : t + 96, t : t + 128] for t in range(frames)]),
+            8,
+            lossless=False,
+        )
+    return folder
+
+
+@pytest.mark.slow
+def test_sixteen_dimensions_end_to_end(random_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Official engine on all sixteen, the fast one on its own: the same values to 1e-4."""
+    if not detectron.installed():
+        pytest.skip("no detectron2: tmd-eval vbench setup --detectron2 CHECKOUT")
+    monkeypatch.setattr(weights, "folder", lambda: random_weights)
+    weights.prepare()
+    prompts = [next(iter(plan.prompts_of(name))) for name in DIMENSIONS if name != "color"]
+    prompts = list(dict.fromkeys([*prompts, "a red bicycle", "a bicycle"]))
+    videos = clips(tmp_path / "videos", prompts, 16)
+    options = Options(allow_partial=True, unverified=True, static_filter=False)
+    record = score(videos, tmp_path / "official", list(DIMENSIONS), options=options)
+    assert set(record["dimensions"]) == set(DIMENSIONS) and not record["not_measured"] and record["totals"] is None
+    found = record["dimensions"]
+    assert found["color"]["value"] == 1 and found["color"]["n"] == 1  # GRiT is biased to see a red bicycle
+    assert 0 < found["object_class"]["value"] < 1  # "a bicycle" and a prompt of another object
+    shared = [name for name in FAST if name in DIMENSIONS]
+    score(videos, tmp_path / "fast", shared, workers=runner.devices("cpu", 1, "fast"), options=options)
+    for name in shared:
+        official, ours = (
+            [
+                json.loads(line)["value"]
+                for line in (tmp_path / engine / "scores" / f"{name}.jsonl").read_text().splitlines()
+            ]
+            for engine in ("official", "fast")
+        )
+        assert ours == pytest.approx(official, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_scores_of_one(vbench_environment: Path, shared: Path, tmp_path: Path) -> None:
+    call = ["-m", "tmd_eval.cli", "vbench", "--videos", str(shared / "data" / "clips"), "--dimensions"]
+    call += ["temporal_flickering", "--device", "cpu", "--out"]
+    subprocess.run([sys.executable, *call, str(tmp_path / "one")], check=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29581"]
+    subprocess.run([*torchrun, *call, str(tmp_path / "two")], check=True)
+    for name in ("summary.json", "vbench.json", "temporal_flickering.jsonl"):
+        assert (tmp_path / "two" / "scores" / name).read_bytes() == (tmp_path / "one" / "scores" / name).read_bytes()
+    parts = (tmp_path / "two" / "scores" / "parts" / "temporal_flickering").glob("*.jsonl")
+    assert sorted(len(path.read_text().splitlines()) for path in parts) == [1, 2]
