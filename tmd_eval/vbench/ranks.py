@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -23,7 +23,9 @@ class Ranks:
         if self.world > 1:
             import torch.distributed as distributed
 
-            distributed.init_process_group("gloo", timeout=PATIENCE)
+            distributed.init_process_group(
+                "gloo", store=_own_store(), rank=self.rank, world_size=self.world, timeout=PATIENCE
+            )
         return self
 
     def __exit__(
@@ -43,3 +45,13 @@ class Ranks:
         values: list[T] = [value] * self.world
         distributed.all_gather_object(values, value)
         return values
+
+
+def _own_store() -> Any:
+    """torchrun's store under a prefix of its own: generation may have used it before; None lets torch make one."""
+    import torch.distributed as distributed
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return distributed.PrefixStore(f"vbench-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
