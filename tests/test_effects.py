@@ -1,0 +1,149 @@
+"""Intervals over seeds and prompts: coverage by simulation, closed forms, and verdicts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from leaderboard.effects import Estimate, Pool, Scores, difference, estimate, pooled, verdict
+
+
+def scores(table: np.ndarray, *, trained: bool = True) -> Scores:
+    """A row with the scorer's own intervals over prompts."""
+    values, error = table.mean(axis=1), table.std(axis=1, ddof=1) / table.shape[1] ** 0.5
+    ranges = np.stack([values - 1.96 * error, values + 1.96 * error], axis=1)
+    return Scores(values=values, ranges=ranges, prompts=table, trained=trained)
+
+
+def draw(
+    rng: np.random.Generator, seeds: int, prompt: np.ndarray, of_seed: float, rest: float, mean: float = 0.0
+) -> Scores:
+    """Scores with training noise, prompt effects and a rest, around a mean."""
+    noise = rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, rest, (seeds, len(prompt)))
+    return scores(mean + prompt[None] + noise)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize(("of_seed", "of_prompt", "rest"), [(0.3, 0.3, 1.0), (0.05, 1.0, 0.2), (0.0, 0.5, 1.0)])
+def test_intervals_cover_the_truth(seeds: int, of_seed: float, of_prompt: float, rest: float):
+    rng, runs, prompts = np.random.default_rng(seeds), 400, 50
+    means, differences = 0, 0
+    for _ in range(runs):
+        shared = rng.normal(0, of_prompt, prompts)
+        a = draw(rng, seeds, shared, of_seed, rest, mean=2.0)
+        b = draw(rng, seeds, shared, of_seed, rest, mean=1.5)
+        mean, effect = estimate(a), difference(a, b)
+        means += mean.low <= 2.0 <= mean.high
+        differences += effect.low <= 0.5 <= effect.high
+    floor = stats.binom.ppf(0.001, runs, 0.94) / runs  # allows chance, and one point of honesty less
+    assert means / runs >= floor
+    assert differences / runs >= floor
+
+
+def test_percentiles_of_a_bootstrap_over_seeds_and_prompts_are_too_narrow_for_two_seeds():
+    """Why intervals are not bootstrapped: the same simulation, with the percentiles beside ours."""
+    rng, runs, prompts = np.random.default_rng(0), 120, 30
+    ours = boot = 0
+    for _ in range(runs):
+        shared = rng.normal(0, 0.3, prompts)
+        a, b = draw(rng, 2, shared, 0.5, 0.3), draw(rng, 2, shared, 0.5, 0.3)
+        effect = difference(a, b)
+        ours += effect.low <= 0 <= effect.high
+        assert a.prompts is not None and b.prompts is not None
+        means = []
+        for _ in range(100):
+            column = rng.integers(0, prompts, prompts)
+            first, second = rng.integers(0, 2, 2), rng.integers(0, 2, 2)
+            means.append(a.prompts[np.ix_(first, column)].mean() - b.prompts[np.ix_(second, column)].mean())
+        low, high = np.quantile(means, [0.025, 0.975])
+        boot += low <= 0 <= high
+    assert boot / runs < 0.88 < 0.93 < ours / runs
+
+
+def test_without_prompt_noise_the_difference_is_welchs_t_interval():
+    a, b = np.array([0.1, 0.4, 0.3]), np.array([0.7, 0.5, 0.9])
+    table = [np.repeat(values[:, None], 20, axis=1) for values in (a, b)]
+    effect = difference(scores(table[0]), scores(table[1]))
+    known = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert (effect.low, effect.high) == pytest.approx((known.low, known.high))
+
+
+def test_without_training_noise_the_difference_is_the_paired_t_interval():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(1, 40)), rng.normal(size=(1, 40))
+    effect = difference(scores(a, trained=False), scores(b, trained=False))
+    known = stats.ttest_rel(a[0], b[0]).confidence_interval()
+    assert (effect.low, effect.high) == pytest.approx((known.low, known.high))
+    assert effect.over_seeds
+
+
+def test_pairing_removes_what_prompts_have_in_common():
+    rng = np.random.default_rng(2)
+    hard = rng.normal(0, 5, 200)
+    a = scores(hard[None] + rng.normal(0, 0.1, (1, 200)) + 0.2, trained=False)
+    b = scores(hard[None] + rng.normal(0, 0.1, (1, 200)), trained=False)
+    assert difference(a, b).low > 0.1
+    apart = [Scores(values=s.values, ranges=s.ranges, prompts=None, trained=False) for s in (a, b)]
+    unpaired = difference(*apart)
+    assert unpaired.low < -0.5 and unpaired.high > 0.9
+
+
+def test_metrics_of_a_set_take_the_prompts_from_the_scorers_interval():
+    row = Scores(
+        values=np.array([10.0, 12.0, 11.0]), ranges=np.array([[9.0, 11.0], [11.0, 13.0], [10.0, 12.0]]), prompts=None
+    )
+    found = estimate(row)
+    of_seeds = stats.t.ppf(0.975, 2) * np.std([10, 12, 11], ddof=1) / 3**0.5
+    assert found.high - found.value == pytest.approx(np.hypot(of_seeds, 1.0), rel=1e-6)
+
+
+def test_one_seed_has_the_scorers_interval_and_decides_nothing():
+    row = scores(np.random.default_rng(0).normal(size=(1, 30)))
+    found = estimate(row)
+    assert (found.low, found.high) == tuple(row.ranges[0]) and not found.over_seeds
+    effect = difference(scores(np.ones((1, 30)) * 5 + np.arange(30)), row)
+    assert effect.low > 0
+    assert verdict(effect, "higher") == ("undecided", "a single seed: the noise of training is unknown")
+
+
+def test_a_row_without_any_spread_keeps_the_exact_bound():
+    row = Scores(values=np.zeros(3), ranges=np.array([[0.0, 0.04]] * 3), prompts=np.zeros((3, 100)))
+    assert (estimate(row).low, estimate(row).high) == (0.0, 0.04)
+    effect = difference(row, row)
+    assert (effect.low, effect.high) == (-0.04, 0.04)
+
+
+def test_pooled_spread_widens_what_chance_made_narrow_and_never_narrows():
+    rng = np.random.default_rng(3)
+    rows = [scores(rng.normal(0, 1, (2, 1)) + rng.normal(0, 0.1, (2, 40))) for _ in range(200)]
+    pool = pooled(rows)
+    assert pool is not None and pool.degrees == 200
+    assert pool.variance == pytest.approx(1.0, rel=0.3)
+    narrow = min(rows, key=lambda row: abs(float(np.diff(row.values)[0])))
+    assert estimate(narrow, pool=pool).high - estimate(narrow, pool=pool).low > 2.0
+    assert estimate(narrow).high - estimate(narrow).low < 1.0
+    wide = max(rows, key=lambda row: abs(float(np.diff(row.values)[0])))
+    own, taken = float(wide.values.var(ddof=1)), estimate(wide, pool=Pool(variance=1e-6, degrees=200))
+    assert taken.high - taken.value >= 1.95 * (own / 2) ** 0.5
+    assert pooled([scores(np.ones((1, 5)))]) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "direction", "margin", "expected"),
+    [
+        (0.1, 0.3, "higher", None, "holds"),
+        (-0.3, -0.1, "higher", None, "does not hold"),
+        (-0.1, 0.3, "higher", None, "undecided"),
+        (0.1, 0.3, "lower", None, "does not hold"),
+        (-0.3, -0.1, "lower", None, "holds"),
+        (-0.1, 0.3, "lower", None, "undecided"),
+        (-0.02, 0.03, "same", 0.05, "holds"),
+        (0.06, 0.1, "same", 0.05, "does not hold"),
+        (-0.1, -0.06, "same", 0.05, "does not hold"),
+        (0.01, 0.06, "same", 0.05, "undecided"),
+    ],
+)
+def test_verdicts(low, high, direction, margin, expected):
+    effect = Estimate(value=(low + high) / 2, low=low, high=high, degrees=4.0, over_seeds=True)
+    assert verdict(effect, direction, margin)[0] == expected

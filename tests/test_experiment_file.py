@@ -1,0 +1,284 @@
+"""The experiment file: every mistake at once with its line, cells and their keys, budgets, the choice of settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from students.errors import ConfigError
+from tmd_eval.experiment.budget import iterations_with_updates, iterations_within, student_updates
+from tmd_eval.experiment.cells import Cell, Resolver, Row, find
+from tmd_eval.experiment.lines import load, read
+from tmd_eval.experiment.names import row_name
+from tmd_eval.experiment.schema import Experiment, Selector, load_experiment
+from tmd_eval.experiment.tuning import best_rank
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+L = 10
+
+SMALL = """\
+title: Small
+methods:
+  dmd2v:
+    label: DMD2-v
+    axes: {m: method.m}
+    stages:
+      - {name: kd, preset: micro_dmd2v_kd.yaml, m: 1, set: {method.trajectories: 2, iterations: 3}}
+      - {name: distil, preset: micro_dmd2v.yaml}
+  tmd:
+    label: TMD
+    stages:
+      - {name: stage1, preset: micro_tmd_n2h2_stage1.yaml}
+      - {name: stage2, preset: micro_tmd_n2h2_stage2.yaml}
+budgets:
+  updates: {student_updates: 7}
+  compute: {like: {method: tmd, n: 2, h: 2}}
+ablations:
+  no_rollout: {methods: tmd, label: no rollout, stages: {stage2: {method.rollout: false}}}
+  n1: {methods: tmd, label: N = 1, sample: {n: 1}}
+  kd: {methods: dmd2v, label: KD, add: kd}
+sections:
+  - name: Main
+    seeds: [0, 1]
+    budgets: [updates, compute]
+    cells:
+      - {methods: dmd2v, m: [1, 2]}
+      - {methods: tmd, m: 2, n: 2, h: 2}
+  - name: Ablations
+    seeds: [0]
+    cells:
+      - {methods: tmd, m: 2, n: 2, h: 2, ablations: [no_rollout, n1]}
+      - {methods: dmd2v, m: 2, ablations: kd}
+"""
+
+
+def write(folder: Path, text: str = SMALL, **changes: Any) -> Path:
+    """An experiment file; changes replace top-level parts."""
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(text) | changes, sort_keys=False) if changes else text)
+    return path
+
+
+def resolver(path: Path) -> Resolver:
+    experiment, source = load_experiment(path)
+    return Resolver(experiment, source, blocks=L, base_hash="base")
+
+
+def cells(path: Path) -> list[Cell]:
+    made = resolver(path)
+    found = made.matrix({})
+    made.source.check()
+    return found
+
+
+def problems(path: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        made = resolver(path)
+        made.trials(), made.matrix({})
+        made.source.check()
+    return [line.removeprefix(f"{path}:") for line in str(caught.value).splitlines()]
+
+
+@pytest.mark.parametrize("name", ["micro_matrix.yaml", "micro_matrix_smoke.yaml"])
+def test_the_examples_are_right(name: str):
+    made = resolver(EXAMPLES / name)
+    found = [*made.trials(), *made.matrix({})]
+    made.source.check()
+    rows = dict.fromkeys(cell.row for cell in found if cell.row.trial is None)
+    for claim in made.experiment.claims:
+        assert find(claim.a, rows, made.experiment) != find(claim.b, rows, made.experiment)
+
+
+def test_the_micro_matrix_is_what_the_issue_asks_for():
+    made = resolver(EXAMPLES / "micro_matrix.yaml")
+    experiment = made.experiment
+    assert experiment.evaluation.num_prompts >= 1024
+    assert [len(section.seeds) for section in experiment.sections] == [3, 2, 2, 2]
+    main = [cell.row for cell in made.matrix({}) if cell.sections[0] == "Main comparison" and cell.row.budget]
+    assert {(row.n, row.h) for row in main if row.method == "tmd"} == {(2, 2), (4, 2), (2, 4)}
+    assert {row.m for row in main if row.method == "tmd"} == {1, 2}
+    assert {row.m for row in main if row.method in ("dmd2v", "rcm")} == {1, 2, 4}
+    assert len({len(trials) for trials in experiment.tuning.trials.values()}) == 1  # type: ignore[union-attr]
+    lines = {line for cell in made.trials() for line in cell.settings["lines"]}
+    assert min(lines) >= experiment.evaluation.num_prompts  # no caption of a trial is scored in a table
+
+
+def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path):
+    text = (
+        SMALL.replace("ablations: [no_rollout, n1]", "ablations: [no_rolout]")
+        .replace("{methods: dmd2v, m: [1, 2]}", "{methods: dmd2v, m: [1, 2], n: 2}")
+        .replace("{methods: tmd, m: 2, n: 2, h: 2}\n  - name", "{methods: tmd, m: 2, n: 2}\n  - name")
+        .replace("add: kd}", "add: warm}")
+        .replace("m: 2, ablations: kd}", "m: 2, ablations: n1}")
+    )
+    path = write(tmp_path, text)
+    lines = text.splitlines()
+
+    def line(part: str) -> int:
+        return next(i for i, row in enumerate(lines, 1) if part in row)
+
+    found = problems(path)
+    assert found == [
+        f"{line('warm')}: unknown stage (of dmd2v, ablation kd) warm; there are kd, distil.",
+        f"{line('n: 2}')}: dmd2v has no N; put it in cells of its own.",
+        f"{line('tmd, m: 2, n: 2}')}: tmd needs H; give h.",
+        f"{line('no_rolout')}: unknown ablation no_rolout; there are no_rollout, n1, kd.",
+        f"{line('ablations: n1')}: ablation n1 is for tmd, not for dmd2v.",
+    ]
+
+
+def test_wrong_keys_types_and_values_are_told_with_their_lines(tmp_path: Path):
+    text = SMALL.replace("title: Small", "titel: Small\nevaluation: {num_prompts: many}")
+    text = text.replace("seeds: [0]", "seeds: [0, 0]").replace("student_updates: 7", "student_updates: 0")
+    found = problems(write(tmp_path, text))
+    assert found[0] == "1: title is missing."
+    assert found[1] == "1: unknown key titel; did you mean title?"
+    assert found[2].startswith("2: evaluation.num_prompts must be a whole number")
+    assert any("student_updates must be at least 1" in row for row in found)
+    assert any("repeat" in row for row in found)
+
+
+def test_a_key_given_twice_and_a_file_that_is_no_yaml(tmp_path: Path):
+    assert problems(write(tmp_path, SMALL + "title: Again\n"))[0].endswith("title is given twice; keep one.")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_experiment(write(tmp_path, "a: [1"))
+    with pytest.raises(ConfigError, match="no experiment file"):
+        load_experiment(tmp_path / "absent.yaml")
+
+
+def test_what_only_resolved_settings_show_is_told_with_the_line_of_the_cells(tmp_path: Path):
+    text = SMALL.replace("method.rollout: false", "method.rolout: false").replace(
+        "m: 2, n: 2, h: 2}\n  - name", "m: 2, n: 2, h: 12}\n  - name"
+    )
+    found = problems(write(tmp_path, text))
+    assert any("unknown key method.rolout; did you mean method.rollout?" in row for row in found)
+    assert any("H is 12" in row for row in found)
+
+
+def test_a_method_without_the_stage_it_needs_is_refused(tmp_path: Path):
+    text = SMALL.replace("      - {name: stage1, preset: micro_tmd_n2h2_stage1.yaml}\n", "")
+    found = problems(write(tmp_path, text.replace("  no_rollout:", "  unused:").replace("[no_rollout, n1]", "n1")))
+    assert all("stage stage2 (micro_tmd_n2h2_stage2.yaml) starts from a student trained" in row for row in found)
+    swapped = SMALL.replace("stage1, preset: micro_tmd_n2h2_stage1", "stage1, preset: micro_dmd2v")
+    assert any(
+        "flow head" in row or "not from" in row or "unknown key" in row for row in problems(write(tmp_path, swapped))
+    )
+
+
+def test_a_claim_must_name_one_row(tmp_path: Path):
+    made = resolver(write(tmp_path))
+    rows = dict.fromkeys(cell.row for cell in made.matrix({}))
+    assert find(Selector(method="tmd", m=2), rows, made.experiment).n == 2
+    with pytest.raises(ConfigError, match="no cell of the matrix"):
+        find(Selector(method="tmd", m=3), rows, made.experiment)
+    several = dict.fromkeys([Row(method="tmd", m=2, n=n, h=2, budget="updates") for n in (2, 4)])
+    with pytest.raises(ConfigError, match="fits 2 rows"):
+        find(Selector(method="tmd", m=2), several, made.experiment)
+
+
+def test_tuning_must_be_fair(tmp_path: Path):
+    trial = {"stages": {"distil": {"method.guidance": 1.5}}}
+    tuning = {"m": 2, "n": 2, "h": 2, "seed": 0, "trials": {"dmd2v": [trial, trial], "tmd": [{}]}}
+    found = problems(write(tmp_path, tuning=tuning))
+    assert any("as many trials, not dmd2v 2, tmd 1" in row for row in found)
+    assert any("seed 0 of the tuning is also a cell's" in row for row in found)
+    found = problems(write(tmp_path, tuning={**tuning, "seed": 9, "trials": {"dmd2v": [trial]}}))
+    assert any("tmd has cells but no trials" in row for row in found)
+
+
+def test_shared_stages_are_one_training(tmp_path: Path):
+    by_row: dict[tuple[str | None, str | None, int], Cell] = {
+        (cell.row.ablation, cell.row.budget, cell.seed): cell
+        for cell in cells(write(tmp_path))
+        if cell.row.method == "tmd"
+    }
+    plain, rollout = by_row[None, "updates", 0], by_row["no_rollout", "updates", 0]
+    assert [t.stage for t in plain.trainings] == ["stage1", "stage2"]
+    assert plain.trainings[0].key == rollout.trainings[0].key
+    assert plain.trainings[1].key != rollout.trainings[1].key
+    assert plain.trainings[1].parent == plain.trainings[0].key
+    assert plain.trainings[0].key != by_row[None, "updates", 1].trainings[0].key
+    sampled = by_row["n1", "updates", 0]
+    assert [t.key for t in sampled.trainings] == [t.key for t in plain.trainings]
+    assert sampled.key != plain.key and sampled.settings["n"] == 1
+    same = by_row[None, "compute", 0]  # the reference of equal compute is the same training under both budgets
+    assert same.name == plain.name
+
+
+def test_a_stage_may_belong_to_some_m_and_ablations_add_it(tmp_path: Path):
+    stages = {
+        (c.row.m, c.row.ablation): [t.stage for t in c.trainings]
+        for c in cells(write(tmp_path))
+        if c.row.method == "dmd2v"
+    }
+    assert stages == {(1, None): ["kd", "distil"], (2, None): ["distil"], (2, "kd"): ["kd", "distil"]}
+
+
+def test_equal_updates_and_equal_compute(tmp_path: Path):
+    found = cells(write(tmp_path))
+    reference = next(c for c in found if c.row.method == "tmd" and c.row.budget == "updates")
+    budget = sum(t.config.cost(L).total for t in reference.trainings)
+    for cell in found:
+        last = cell.trainings[-1].config
+        if cell.row.budget == "updates":
+            assert student_updates(last) == 7
+        else:
+            total = sum(t.config.cost(L).total for t in cell.trainings)
+            longer = replace(last, iterations=last.iterations + 1)
+            more = total - last.cost(L).total + longer.cost(L).total
+            assert total <= budget * (1 + 1e-6) < more
+
+
+def test_a_budget_that_the_first_stage_uses_up_is_refused(tmp_path: Path):
+    text = SMALL.replace("like: {method: tmd, n: 2, h: 2}", "like: {method: dmd2v}").replace("m: [1, 2]}", "m: 2}")
+    assert any("leaves tmd_stage2 no update" in row for row in problems(write(tmp_path, text)))
+
+
+def test_iterations_of_a_budget(tmp_path: Path):
+    config = next(c for c in cells(write(tmp_path)) if c.row.method == "dmd2v" and c.row.m == 2).trainings[-1].config
+    assert iterations_with_updates(config, 3) == 15  # the student moves in every fifth
+    ten = replace(config, iterations=10)
+    assert iterations_within(config, ten.cost(L).total, L) == 10
+    assert iterations_within(config, ten.cost(L).total * 0.999, L) == 9
+
+
+def test_one_student_sampled_at_every_m(tmp_path: Path):
+    rcm = {"label": "rCM", "axes": {}, "stages": [{"name": "distil", "preset": "micro_rcm.yaml"}]}
+    section = {"name": "Main", "seeds": [0], "cells": [{"methods": "rcm", "m": [1, 2]}]}
+    path = write(
+        tmp_path, methods={"rcm": rcm}, sections=[section], budgets={"u": {"student_updates": 2}}, ablations={}
+    )
+    one, two = cells(path)
+    assert one.trainings[0].key == two.trainings[0].key
+    assert (one.settings["m"], two.settings["m"]) == (1, 2) and one.key != two.key
+
+
+def test_names_of_rows(tmp_path: Path):
+    experiment, _ = load_experiment(write(tmp_path))
+    row = Row(method="tmd", m=2, n=2, h=2, ablation="no_rollout", budget="compute")
+    assert row_name(experiment, row) == "TMD-N2H2, M = 2 (no rollout), compute"
+    assert row_name(experiment, Row(method="base", m=50)) == "micro teacher, 50 steps"
+    assert row_name(experiment, Row(method="base", m=1, guidance=2.0)) == "micro undistilled, 1 step, CFG 2"
+
+
+def test_the_best_mean_rank_wins_and_failures_lose():
+    good = {"alignment_joint": 0.5, "frechet": 10.0}
+    more, less = {"alignment_joint": 0.6, "frechet": 30.0}, {"alignment_joint": 0.4, "frechet": 20.0}
+    assert best_rank([more, less, good], ["alignment_joint", "frechet"]) == 2
+    assert best_rank([None, good], ["alignment_joint"]) == 1
+    assert best_rank([None, None], ["alignment_joint"]) is None
+    assert best_rank([good, dict(good)], ["alignment_joint", "frechet"]) == 0
+    tie = [{"a": 1.0, "frechet": 3.0}, {"a": 2.0, "frechet": 4.0}]
+    assert best_rank(tie, ["a", "frechet"]) == 1 and best_rank(tie, ["frechet", "a"]) == 0
+
+
+def test_reading_takes_single_values_for_lists_and_flattens_settings(tmp_path: Path):
+    source = load(write(tmp_path))
+    experiment = read(Experiment, source)
+    assert experiment is not None and not source.problems
+    assert experiment.ablations["no_rollout"].methods == ("tmd",)
+    assert experiment.ablations["no_rollout"].stages == {"stage2": {"method.rollout": False}}

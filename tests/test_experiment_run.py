@@ -1,0 +1,392 @@
+"""An experiment from end to end on a tiny model: what is done is kept, what is missing is made, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from students.errors import ConfigError, IncompleteError
+from tests.tiny import tiny_pipeline
+from tmd_eval.cli import app
+from tmd_eval.experiment import jobs as store
+from tmd_eval.experiment import measure, worker
+from tmd_eval.experiment import run as running
+from tmd_eval.experiment.jobs import Job, load_plan
+from tmd_eval.experiment.run import Options, run
+from tmd_eval.experiment.runner import Progress, Runner
+from tmd_eval.experiment.table import cell_state, summary, text
+
+STAGE1 = {
+    "out": "runs/s1",
+    "student": {"h": 2},
+    "data": {"kind": "micro", "clips": 4},
+    "method": {"name": "tm_mf", "m": 2, "n": 2, "guidance": 1.5},
+    "batch": 2,
+    "iterations": 1,
+}
+STAGE2 = {
+    "base_config": "s1.yaml",
+    "parent": "runs/s1/checkpoint",
+    "method": {"name": "tmd_stage2", "m": 2, "n": 2, "guidance": 1.5},
+}
+EXPERIMENT = {
+    "title": "Tiny",
+    "evaluation": {"num_prompts": 2, "samples_per_prompt": 1, "batch_size": 2},
+    "untrained": [{"m": 1}],
+    "methods": {
+        "tmd": {
+            "label": "TMD",
+            "stages": [{"name": "stage1", "preset": "s1.yaml"}, {"name": "stage2", "preset": "s2.yaml"}],
+        }
+    },
+    "budgets": {"updates": {"student_updates": 1, "label": "One update"}},
+    "ablations": {"n1": {"methods": "tmd", "label": "N = 1 at sampling", "sample": {"n": 1}}},
+    "sections": [
+        {
+            "name": "Main",
+            "seeds": [0, 1],
+            "cells": [{"methods": "tmd", "m": 2, "n": 2, "h": 2, "ablations": [None, "n1"]}],
+        }
+    ],
+    "claims": [
+        {
+            "claim": "Recurrence helps",
+            "source": "arXiv:2601.09881 Figure 14",
+            "metric": "alignment_color",
+            "a": {"method": "tmd", "m": 2},
+            "b": {"method": "tmd", "m": 2, "ablation": "n1"},
+        }
+    ],
+}
+
+
+class InProcess:
+    """Stands in for the runner: the same jobs by the same function, without processes."""
+
+    perform: Callable[[Path, Job, str], None] = staticmethod(worker.perform)
+
+    def __init__(self, out: Path, *, command: str, **_: Any) -> None:
+        self.out, self.command, self.progress = out, command, Progress()
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, jobs: Iterable[Job], *, done: Callable[[Job], None] = lambda job: None) -> Progress:
+        progress = self.progress
+        for job in jobs:
+            if {*progress.failed, *progress.blocked} & set(job.after):
+                progress.blocked.append(job.id)
+                continue
+            try:
+                with store.job_lock(self.out, job.id):
+                    self.perform(self.out, job, self.command)
+            except ValueError as error:
+                progress.failed[job.id] = str(error)
+                worker.note_failure(self.out, job, str(error))
+                continue
+            progress.finished.append(job.id)
+            done(job)
+        return progress
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "Runner", InProcess)
+    monkeypatch.setattr(measure, "CLIPS", 4)
+    monkeypatch.setattr(measure, "ITERATIONS", 6)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base model, presets and the experiment; data are cached in it, too."""
+    folder = tmp_path_factory.mktemp("world")
+    base = tiny_pipeline(folder / "base")
+    facts = json.loads((base / "base.json").read_text())
+    (base / "base.json").write_text(json.dumps({**facts, "frames": 5, "guidance": 1.5}))
+    cached = {**STAGE1, "data": {**STAGE1["data"], "cache": str(folder / "cache")}}  # type: ignore[dict-item]
+    (folder / "s1.yaml").write_text(yaml.safe_dump(cached))
+    (folder / "s2.yaml").write_text(yaml.safe_dump(STAGE2))
+    write(folder)
+    return folder
+
+
+def write(folder: Path, name: str = "experiment", **changes: Any) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**EXPERIMENT, "base": str(folder / "base"), **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; tests that change it work on a copy."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "Runner", InProcess)
+        patch.setattr(measure, "CLIPS", 4)
+        patch.setattr(measure, "ITERATIONS", 6)
+        outcome = run(Options(file=world / "experiment.yaml", out=out))
+    assert outcome.report is not None and outcome.made == len(outcome.plan.jobs) == 3 + 4 + 2 * 6
+    return out
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def times(out: Path) -> dict[str, int]:
+    """When every result was last written."""
+    kept = [*out.glob("train/*/checkpoint/*"), *out.glob("cells/*/videos/*"), *out.glob("cells/*/scores/*")]
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in kept}
+
+
+def changed(before: dict[str, int], out: Path) -> set[str]:
+    """Cells and trainings with new files."""
+    return {"/".join(Path(name).parts[:2]) for name, when in times(out).items() if before.get(name) != when}
+
+
+def test_the_report_states_rows_claims_and_the_command(world: Path, finished: Path):
+    report = json.loads((finished / "report" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert set(rows) == {"base undistilled, 1 step", "TMD-N2H2, M = 2", "TMD-N2H2, M = 2 (N = 1 at sampling)"}
+    student = rows["TMD-N2H2, M = 2"]
+    assert (student["role"], student["m"], student["n"], student["h"]) == ("student", 2, 2, 2)
+    assert student["effective_nfe"] == pytest.approx(2 * 1.5)
+    assert rows["TMD-N2H2, M = 2 (N = 1 at sampling)"]["effective_nfe"] == 2.0
+    assert student["seeds"] == [0, 1] and student["student_updates"] == 1 and student["training_minutes"] >= 0
+    assert student["metrics"]["alignment_color"]["n"] == 4
+    (claim,) = report["claims"]
+    assert set(claim) >= {"claim", "source", "verdict", "effect", "low", "high", "n", "seeds"}
+    assert claim["verdict"] in ("holds", "does not hold", "undecided") and (claim["n"], claim["seeds"]) == (2, 2)
+    assert report["command"] == f"tmd-eval experiment run {world / 'experiment.yaml'} --out {finished}"
+    assert report["missing"] == [] and report["seeds"] == [0, 1]
+    page = (finished / "report" / "index.html").read_text()
+    assert "Recurrence helps" in page and str(finished / "cells") not in page
+
+
+def test_the_cells_are_recorded_with_their_seeds(finished: Path):
+    from leaderboard.query import show
+
+    rows = show(f"sqlite:///{finished / 'tmd-eval.db'}")
+    assert len(rows) == 6
+    assert "TMD-N2H2, M = 2, seed 1" in {row["name"] for row in rows}
+
+
+def test_both_ablations_share_one_training(finished: Path):
+    plan = load_plan(finished)
+    assert len([job for job in plan.jobs.values() if job.kind == "train"]) == 4  # two stages, two seeds
+    assert len(list((finished / "train").iterdir())) == 4
+    assert not list(finished.glob("train/*/state/*"))  # a finished training needs no state
+
+
+def test_a_rerun_does_nothing(world: Path, copy: Path):
+    before, page = times(copy), (copy / "report" / "index.html").stat().st_mtime_ns
+    start = time.perf_counter()
+    outcome = run(Options(file=world / "experiment.yaml", out=copy))
+    assert outcome.made == 0 and changed(before, copy) == set()
+    assert (copy / "report" / "index.html").stat().st_mtime_ns == page
+    assert time.process_time() and time.perf_counter() - start < 60  # seconds on an idle core
+
+
+def test_deleting_any_one_cell_makes_exactly_that_cell_again(world: Path, copy: Path):
+    before = times(copy)
+    plan = load_plan(copy)
+    for name in [cell.name for cell in plan.cells]:
+        folder = copy / "cells" / name
+        aside = folder.rename(copy / "aside")
+        left = [key for key, state in store.states(copy, plan.jobs).items() if state != "done"]
+        assert left == [f"generate-{name}", f"score-{name}"]
+        aside.rename(folder)
+    name = plan.cells[-1].name
+    shutil.rmtree(copy / "cells" / name)
+    assert run(Options(file=world / "experiment.yaml", out=copy)).made == 2
+    assert changed(before, copy) == {f"cells/{name}"}
+
+
+def test_a_missing_video_is_made_again_and_only_it(world: Path, copy: Path):
+    before = times(copy)
+    (cell,) = copy.glob("cells/*-n1-s0-*")
+    (cell / "videos" / "00001-0.mp4").unlink()
+    assert run(Options(file=world / "experiment.yaml", out=copy)).made == 2
+    assert changed(before, copy) == {f"cells/{cell.name}"}
+    assert (cell / "videos" / "00000-0.mp4").stat().st_mtime_ns == before[f"cells/{cell.name}/videos/00000-0.mp4"]
+
+
+def test_a_deleted_training_takes_along_what_rests_on_it(copy: Path):
+    plan = load_plan(copy)
+    (second,) = [key for key, job in plan.jobs.items() if key.startswith("train-s2-s1-")]
+    shutil.rmtree(store.folder(copy, plan.jobs[second]))
+    left = {key for key, state in store.states(copy, plan.jobs).items() if state != "done"}
+    on_it = {key for cell in plan.cells if second in cell.jobs for key in cell.jobs[2:]}
+    assert left == {second} | on_it and len(on_it) == 4  # two cells
+
+
+def test_a_failure_stays_alone_is_told_and_tried_again(world: Path, copy: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = load_plan(copy)
+    (first,) = [job for key, job in plan.jobs.items() if key.startswith("train-s1-s1-")]
+    shutil.rmtree(copy / "train")
+    shutil.rmtree(copy / "cells")
+
+    def perform(out: Path, job: Job, command: str) -> None:
+        if job.id == first.id:
+            raise ConfigError("the loss is not finite")
+        worker.perform(out, job, command)
+
+    monkeypatch.setattr(InProcess, "perform", staticmethod(perform))
+    options = Options(file=world / "experiment.yaml", out=copy)
+    with pytest.raises(IncompleteError, match="the loss is not finite") as caught:
+        run(options)
+    assert caught.value.exit_code == 3 and str(store.log_file(copy, first)) in str(caught.value)
+    states = store.states(copy, plan.jobs)
+    assert states[first.id] == "failed"
+    by_seed = {(cell.seed, cell_state(plan, cell, states)) for cell in plan.cells if cell.row["method"] == "tmd"}
+    assert by_seed == {(0, "done"), (1, "failed")}
+    shown = summary(copy, plan)
+    assert shown["failures"][0]["error"] == "the loss is not finite" and "failed: train-s1-s1" in text(shown)
+    report = json.loads((copy / "report" / "report.json").read_text())
+    assert len(report["missing"]) == 2 and "the loss is not finite" in report["missing"][0]
+    assert report["claims"][0]["verdict"] == "undecided"  # one seed is left
+    monkeypatch.setattr(InProcess, "perform", staticmethod(worker.perform))
+    assert run(options).made == 2 + 2 * 2
+    assert not list((copy / "logs").glob("*.failed"))
+
+
+def test_dry_run_writes_nothing_and_estimates_from_measured_steps(world: Path, finished: Path, tmp_path: Path):
+    command = ["experiment", "run", str(world / "experiment.yaml"), "--dry-run", "--json", "--out"]
+    fresh = CliRunner().invoke(app, [*command, str(tmp_path / "fresh")], catch_exceptions=False)
+    plan = json.loads(fresh.stdout)
+    assert plan["seconds"] is None and plan["jobs"] == {"measure": 3, "train": 4, "generate": 6, "score": 6}
+    assert not (tmp_path / "fresh").exists()
+    measured = tmp_path / "measured"
+    shutil.copytree(finished / "measured", measured / "measured")
+    known = json.loads(CliRunner().invoke(app, [*command, str(measured)], catch_exceptions=False).stdout)
+    assert known["seconds"] > 0 and known["jobs"]["measure"] == 0
+    assert sorted(path.name for path in measured.iterdir()) == ["measured"]
+
+
+def test_status_and_report_commands(world: Path, finished: Path, tmp_path: Path):
+    call = ["--out", str(finished)]
+    status = CliRunner().invoke(app, ["experiment", "status", str(world / "experiment.yaml"), *call, "--json"])
+    assert json.loads(status.stdout)["cells"] == {"done": 6}
+    shown = CliRunner().invoke(app, ["experiment", "status", str(world / "experiment.yaml"), *call])
+    assert "6 of 6    cells done" in shown.stdout
+    to = tmp_path / "report"
+    made = CliRunner().invoke(
+        app, ["experiment", "report", str(world / "experiment.yaml"), *call, "--to", str(to), "--json"]
+    )
+    assert json.loads(made.stdout)["missing"] == []
+    assert (to / "index.html").read_bytes() == (finished / "report" / "index.html").read_bytes()
+    absent = CliRunner().invoke(
+        app, ["experiment", "status", str(world / "experiment.yaml"), "--out", str(tmp_path / "no")]
+    )
+    assert isinstance(absent.exception, ConfigError) and "holds no experiment yet" in str(absent.exception)
+    assert CliRunner().invoke(app, ["experiment", "status", str(world / "experiment.yaml")]).exit_code != 0  # no out
+
+
+def test_limit_takes_the_first_cells(world: Path, finished: Path, tmp_path: Path):
+    shutil.copytree(finished / "measured", tmp_path / "out" / "measured")
+    outcome = run(Options(file=world / "experiment.yaml", out=tmp_path / "out", limit=1))
+    assert [cell.row["method"] for cell in outcome.plan.cells] == ["base"]
+    with pytest.raises(ConfigError, match="limit must be at least 1"):
+        Options(file=world / "experiment.yaml", out=tmp_path, limit=0)
+
+
+def test_the_tuning_decides_the_settings_of_the_matrix(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    trials = [{"set": {"optimiser.lr": rate}} for rate in (1e-4, 2e-4)]
+    tuning = {"m": 2, "n": 2, "h": 2, "num_prompts": 2, "metrics": ["alignment_color"], "trials": {"tmd": trials}}
+    section = {"name": "Main", "seeds": [0], "cells": [{"methods": "tmd", "m": 2, "n": 2, "h": 2}]}
+    path = write(world, "tuned", tuning=tuning, sections=[section], untrained=[], claims=[], ablations={})
+
+    def perform(out: Path, job: Job, command: str) -> None:
+        worker.perform(out, job, command)
+        if job.kind == "score" and "trial1" in job.name:  # the second trial wins
+            place = store.folder(out, job) / "scores" / "summary.json"
+            values = json.loads(place.read_text())
+            values["alignment_color"]["value"] = 2.0
+            place.write_text(json.dumps(values))
+
+    monkeypatch.setattr(InProcess, "perform", staticmethod(perform))
+    out = tmp_path / "out"
+    shutil.copytree(finished / "measured", out / "measured")
+    outcome = run(Options(file=path, out=out))
+    tuned = json.loads((out / "tuning.json").read_text())
+    assert tuned["chosen"]["tmd"]["set"] == {"optimiser.lr": 2e-4} and len(tuned["trials"]) == 2
+    matrix = [cell for cell in outcome.plan.cells if cell.row["trial"] is None]
+    rates = {outcome.plan.jobs[key].spec["config"]["optimiser"]["lr"] for key in matrix[0].jobs[:2]}
+    assert rates == {2e-4} and not outcome.plan.waiting
+    trial = next(out.glob("cells/*-trial0-*"))
+    lines = {json.loads(line)["line"] for line in (trial / "manifest.jsonl").read_text().splitlines()}
+    assert lines == {2, 3}  # captions after those of the matrix
+    assert "2e-04" in (out / "report" / "index.html").read_text() or "0.0002" in (out / "report/index.html").read_text()
+
+
+def test_the_time_budget_ends_a_run_with_its_state(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(running, "Runner", Runner)
+    options = Options(file=world / "experiment.yaml", out=tmp_path / "out", workers=1, budget_minutes=1e-9)
+    with pytest.raises(IncompleteError, match="minutes are over, the state is saved"):
+        run(options)
+    assert load_plan(tmp_path / "out").jobs
+
+
+def test_two_runs_do_not_share_a_folder(world: Path, tmp_path: Path):
+    with store.run_lock(tmp_path), pytest.raises(ConfigError, match="Another tmd-eval runs the experiment"):
+        run(Options(file=world / "experiment.yaml", out=tmp_path))
+
+
+def bogus(name: str) -> Job:
+    return Job(kind="measure", name=name, spec={"what": "sampling", "base": "/absent", "batch": 1})
+
+
+def test_real_workers_keep_failures_and_deaths_apart(tmp_path: Path):
+    """One process: a job that fails, then one whose process is killed, then another process for the third."""
+
+    def show(progress: Progress, ended: Job | None) -> None:
+        busy = runner.slots[0]
+        if "measure-killed" in progress.running and busy is not None:
+            os.kill(busy.process.pid, signal.SIGKILL)
+
+    with (
+        store.job_lock(tmp_path, "measure-killed"),  # its worker waits for this lock until it is killed
+        Runner(tmp_path, command="test", workers=1, show=show) as runner,
+    ):
+        progress = runner.run([bogus("failing"), bogus("killed"), bogus("after")])
+    assert set(progress.failed) == {"measure-failing", "measure-killed", "measure-after"}
+    assert "There is no folder /absent" in progress.failed["measure-failing"]
+    assert "the process died (exit code -9)" in progress.failed["measure-killed"]
+    assert "There is no folder" in store.log_file(tmp_path, bogus("after")).read_text()
+    assert store.failure(tmp_path, bogus("failing")) == progress.failed["measure-failing"]
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_and_leaves_no_process(world: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "tmd_eval.cli", "experiment", "run", str(world / "experiment.yaml")]
+    words += ["--out", str(out), "--workers", "2"]
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.glob("train/s1-*/checkpoint/student.json")):
+        time.sleep(0.1)
+        assert first.poll() is None
+    first.kill()
+    first.wait()
+    before = times(out)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = {name: when for name, when in times(out).items() if name in before}
+    assert again == before

@@ -1,0 +1,184 @@
+"""The page of a matrix: verdicts from the rows, differences from baselines, and nothing from outside the file."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from leaderboard.effects import Scores, difference
+from leaderboard.errors import LeaderboardError
+from leaderboard.matrix import Matrix, MatrixClaim, MatrixRow, StepTime, Trials, report_json
+from leaderboard.matrix_report import build_matrix_report
+
+PROMPTS = 200
+
+
+def scores(level: float, seeds: int, number: int, *, spread: float = 0.01) -> Scores:
+    rng = np.random.default_rng(number)
+    hard = np.random.default_rng(99).uniform(-0.3, 0.3, PROMPTS)
+    table = np.clip(
+        level + hard[None] + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 0.05, (seeds, PROMPTS)), 0, 1
+    )
+    values = table.mean(axis=1)
+    return Scores(values=values, ranges=np.stack([values - 0.03, values + 0.03], axis=1), prompts=table)
+
+
+def whole(level: float, seeds: int, number: int, width: float) -> Scores:
+    values = level + np.random.default_rng(number).normal(0, width / 3, seeds)
+    return Scores(values=values, ranges=np.stack([values - width, values + width], axis=1), prompts=None)
+
+
+def row(
+    key: str, level: float, *, diversity: float = 0.9, seeds: int = 3, number: int = 0, **changes: Any
+) -> MatrixRow:
+    base = MatrixRow(
+        key=key, name=key, sections=("Main",), budget="Equal updates", role="student", method="tmd", m=2, n=2, h=2,
+        ablation=None, baseline=None, effective_nfe=2.4, forward_passes=2.4, seconds_per_video=0.02,
+        training_minutes=5.0, compute=1000.0, student_updates=120, seeds=tuple(range(seeds)), planned_seeds=seeds,
+        videos=PROMPTS * seeds,
+        scores={
+            "alignment_joint": scores(level, seeds, number),
+            "frechet": whole(20.0, seeds, number, 1.0),
+            "frechet_real": whole(1.0, seeds, number, 0.1),
+            "diversity": whole(diversity, seeds, number, 0.05),
+        },
+        counts={name: PROMPTS * seeds for name in ("alignment_joint", "frechet", "frechet_real", "diversity")},
+        runs=(), blocks=10,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def claim(text: str, a: str, b: str, **changes: Any) -> MatrixClaim:
+    made = MatrixClaim(
+        claim=text, source="Table 1", metric="alignment_joint", direction="higher", margin=None, a=a, b=b, names=(a, b)
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Matrix:
+    rows = (
+        row("teacher", 0.8, seeds=1, role="teacher", method="teacher", budget=None, m=50, n=None, h=None,
+            effective_nfe=50.0, training_minutes=None, compute=None, student_updates=None),
+        row("TMD", 0.6, number=1),
+        row("DMD2-v", 0.5, number=2, method="dmd2-v", n=None, h=None, effective_nfe=2.0),
+        row("unshifted", 0.5, number=3, diversity=0.3, method="dmd2-v", n=None, h=None, effective_nfe=2.0,
+            ablation="no shift of t_dmd", baseline="DMD2-v", sections=("Ablations",)),
+        row("lonely", 0.7, number=4, seeds=1, planned_seeds=2),
+    )  # fmt: skip
+    claims = (
+        claim("TMD beats DMD2-v", "TMD", "DMD2-v"),
+        claim("DMD2-v beats TMD", "DMD2-v", "TMD"),
+        claim("Scores stay the same", "unshifted", "DMD2-v", direction="same", margin=0.1),
+        claim("Modes collapse", "unshifted", "DMD2-v", metric="diversity", direction="lower"),
+        claim("One seed says nothing", "lonely", "DMD2-v"),
+        claim("<script>alert(1)</script>", "TMD", "absent"),
+    )
+    steps = (StepTime(name="micro_dmd2v", seconds=0.5, measured=10.0, counted=8.0),)
+    trials = (Trials(method="TMD", rows=(("lr = 1e-4", {"alignment_joint": 0.5}, True), ("lr = 1", None, False))),)
+    return Matrix(
+        title="A matrix & more", command="tmd-eval experiment run x.yaml --out x",
+        experiment={"file": "x.yaml", "sha256": "0" * 64}, code_revision="1" * 40, device="a test",
+        packages={"numpy": "2"}, rows=rows, claims=claims, budgets=("Equal updates",), headline="alignment_joint",
+        prompts="200 prompts", tuning="Not tuned.", trials=trials, steps=steps, missing=("a cell is not there.",),
+        pooled=False,
+    )  # fmt: skip
+
+
+def test_verdicts(matrix: Matrix):
+    found = [(decision.verdict, bool(decision.reason)) for decision in matrix.decisions]
+    assert found == [
+        ("holds", False), ("does not hold", False), ("holds", False), ("holds", False), ("undecided", True),
+        ("undecided", True),
+    ]  # fmt: skip
+    first, *_, alone, absent = matrix.decisions
+    assert first.effect is not None and first.effect.value == pytest.approx(0.1, abs=0.03)
+    assert (first.n, first.seeds, alone.seeds) == (PROMPTS, 3, 1)
+    assert absent.effect is None and "absent" in absent.reason
+
+
+def test_report_json_keeps_the_contract(matrix: Matrix):
+    content = report_json(matrix)
+    json.dumps(content, allow_nan=False)
+    assert set(content) >= {"command", "code_revision", "device", "seeds", "rows", "claims"}
+    for line in content["rows"]:
+        assert set(line) >= {
+            *("name", "role", "method", "m", "n", "h", "effective_nfe", "seconds_per_video", "metrics"),
+            *("training_minutes", "compute", "student_updates", "seeds", "budget", "ablation"),
+        }
+        for metric in line["metrics"].values():
+            assert metric["low"] <= metric["value"] <= metric["high"] and metric["n"] > 0
+    assert content["claims"][1]["effect"] == pytest.approx(-content["claims"][0]["effect"])
+
+
+def test_the_spread_between_seeds_widens_a_rows_interval(matrix: Matrix):
+    metric = matrix.by_key["TMD"].metric("alignment_joint")
+    one = difference(matrix.by_key["TMD"].scores["alignment_joint"], matrix.by_key["DMD2-v"].scores["alignment_joint"])
+    assert metric is not None and metric.low is not None and one.over_seeds
+    pooled = replace(matrix, pooled=True)
+    assert set(pooled.pools) == {"alignment_joint", "frechet", "frechet_real", "diversity"}
+    assert pooled.decisions[4].verdict == "holds"  # with the common spread a single seed can speak
+
+
+class Page(HTMLParser):
+    """Collects links and checks that tags are balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_self_contained_escaped_and_repeatable(matrix: Matrix, tmp_path: Path):
+    page = build_matrix_report(matrix, tmp_path / "report").read_text()
+    parser = Page()
+    parser.feed(page)
+    assert parser.open == [] and all(link.startswith(("data:", "#")) for link in parser.links)
+    assert not re.search(r"https?://", page)
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+    assert "A matrix &amp; more" in page
+    for part in (
+        "Mode collapse",
+        "no shift of t_dmd",
+        "does not hold",
+        "1 of 2 seeds",
+        "micro_dmd2v",
+        "1.25",
+        "lr = 1e-4",
+    ):
+        assert part in page, part
+    assert (tmp_path / "report" / "figures" / "diversity.png").stat().st_size > 0
+    build_matrix_report(matrix, tmp_path / "again")
+    for path in (tmp_path / "report").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "report")).read_bytes()
+
+
+def test_the_collapse_is_named_with_both_differences(matrix: Matrix, tmp_path: Path):
+    text = build_matrix_report(matrix, tmp_path).read_text()
+    lost = matrix.difference(matrix.by_key["unshifted"], "diversity")
+    assert lost is not None and lost.high < -0.4
+    section = text[text.index('id="collapse"') :]
+    assert "unshifted" in section[: section.index("</p>")]
+
+
+def test_an_empty_matrix_is_refused(matrix: Matrix, tmp_path: Path):
+    with pytest.raises(LeaderboardError, match="nothing to report"):
+        build_matrix_report(replace(matrix, rows=()), tmp_path)
