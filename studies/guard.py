@@ -14,6 +14,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LARGEST_BODY = 16 * 1024
 """Bytes of a request's body; a vote has a few hundred."""
 LARGEST_QUERY = 4 * 1024
+PAGES = frozenset({"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/admin/status"})
+FOLDERS = ("/api/", "/clip/", "/assets/", "/static/", "/gradio_api/heartbeat/", "/gradio_api/startup-events")
+"""What is open besides. Of Gradio's own routes only those that draw the page: its file and proxy routes would serve
+foreign content, and its queue, uploads and calls are not used."""
 HEADERS = {
     "content-security-policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -82,11 +86,8 @@ def _refuse(scope: Scope) -> tuple[int, str] | None:
     if method not in ("GET", "HEAD", "POST"):
         return 405, "method"
     if method == "POST" and not path.startswith("/api/"):
-        return 404, "closed"  # Gradio's queue, uploads and calls: the page uses none of them
-    # Of Gradio's own routes only what draws the page is open; its file and proxy routes would serve foreign content.
-    if path.startswith(
-        ("/gradio_api/", "/file", "/proxy", "/upload", "/monitoring", "/static/../")
-    ) and not path.startswith(("/gradio_api/heartbeat", "/gradio_api/startup-events", "/gradio_api/app_id")):
+        return 404, "closed"
+    if path not in PAGES and (not path.startswith(FOLDERS) or ".." in path or "\\" in path):
         return 404, "closed"
     for name, value in scope["headers"]:
         if name == b"content-length" and (not value.isdigit() or int(value) > LARGEST_BODY):
