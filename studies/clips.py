@@ -70,7 +70,7 @@ def spoil(frames: np.ndarray, seed: int) -> np.ndarray:
 
 
 def encode(frames: np.ndarray, fps: Fraction, scale: int) -> bytes:
-    """Encode frames as mp4 without metadata; the same frames give the same bytes with the same PyAV.
+    """Encode frames as mp4 without metadata.
 
     Args:
         frames: uint8 (T, H, W, 3), RGB.
@@ -109,11 +109,12 @@ def make_clip(source: Path, target: Path, shape: Shape, *, spoiled: bool = False
     """Re-encode one clip of a set; an existing target is kept, for its name stands for its content.
 
     Returns:
-        SHA-256 of the file.
+        SHA-256 of the source.
     """
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
     if not target.is_file():
         frames = read_frames(source, shape)
         if spoiled:
-            frames = spoil(frames, int(hashlib.sha256(source.read_bytes()).hexdigest()[:8], 16))
+            frames = spoil(frames, int(digest[:8], 16))
         write_atomic(target, encode(frames, shape.fps, scale_of(shape)))
-    return hashlib.sha256(target.read_bytes()).hexdigest()
+    return digest

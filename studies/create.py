@@ -123,7 +123,7 @@ def create_study(plan: Plan, out: Path, db: str | None, *, command: str, progres
         facts: dict[str, Any] = {}
         for clip in progress(list(sources)):
             digest = make_clip(sources[clip], out / "clips" / names[clip], shape, spoiled=clip.corrupted)
-            facts[names[clip]] = {**asdict(clip), "seed": _seed(plan, clip), "sha256": digest}
+            facts[names[clip]] = {**asdict(clip), "seed": _seed(plan, clip), "source_sha256": digest}
         digest = schedule_hash(design, plan.sheets, facts)
         if known is not None and known != digest:
             raise StudyError(f"{out} holds another study (schedule {known[:12]}); choose another --out.")

@@ -24,7 +24,6 @@ from leaderboard.database import open_engine
 from leaderboard.errors import LeaderboardError
 from studies.analyze import analyze_study
 from studies.app import Server, build_app
-from studies.clips import encode
 from studies.clock import Clock
 from studies.create import create_study, plan_study
 from studies.database import Database
@@ -557,13 +556,22 @@ def test_folders_of_named_videos_need_no_manifest(tmp_path: Path):
     assert set(plan.design.prompts) == {"a dog runs", "two - cats"}
 
 
-def test_clips_are_the_same_bytes_every_time():
-    from fractions import Fraction
-
+def test_clips_show_what_was_made_and_spoiled_ones_do_not(tmp_path: Path):
     import numpy as np
 
-    frames = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
-    assert encode(frames, Fraction(8), 4) == encode(frames, Fraction(8), 4)
+    from studies.clips import make_clip, read_frames
+    from studies.video_sets import probe
+
+    made = make_set(tmp_path / "set", prompts(1))
+    source = made / "videos" / "00000-0.mp4"
+    shape = probe(source)
+    make_clip(source, tmp_path / "good.mp4", shape)
+    make_clip(source, tmp_path / "bad.mp4", shape, spoiled=True)
+    big = probe(tmp_path / "good.mp4")
+    assert big == probe(tmp_path / "bad.mp4") and (big.height, big.frames) == (256, shape.frames)
+    shown = [read_frames(tmp_path / name, big).astype(float) for name in ("good.mp4", "bad.mp4")]
+    before = read_frames(source, shape).repeat(16, axis=1).repeat(16, axis=2).astype(float)
+    assert np.abs(shown[0] - before).mean() < 4 < 20 < np.abs(shown[1] - before).mean()
 
 
 # Database

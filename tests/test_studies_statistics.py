@@ -162,11 +162,14 @@ def nulls(effects: Effects, layout: Layout, runs: int, beta: float, seed: int) -
 def test_the_smallest_large_design_holds_its_level():
     """60 prompts, 600 votes, 30 raters; Monte Carlo error of a rate of 5 % in 2,000 runs: 0.5 points."""
     rejected, covered = nulls(EFFECTS, balanced_layout(60, 5, 2, 30), 2000, 0.0, 1)
+    print(f"rejected {rejected:.4f}, covered {covered:.4f}")
     assert rejected <= 0.07 and 0.93 <= covered <= 0.97
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(60, 5, 2, 30), (60, 5, 3, 30), (60, 5, 4, 60), (100, 3, 2, 40), (60, 5, 3, 90)])
+@pytest.mark.parametrize(
+    "sizes", [(60, 5, 2, 30), (60, 3, 3, 27), (60, 5, 3, 30), (60, 5, 4, 60), (100, 3, 2, 40), (60, 5, 3, 90)]
+)
 @pytest.mark.parametrize(
     ("effects", "beta"),
     [(EFFECTS, 0.0), (EFFECTS, 0.6), (Effects(prompt=0.4, item=0.4, rater=0.8), 0.0), (Effects(prompt=1.2), 1.0)],
