@@ -104,6 +104,8 @@ def canvas(width: float, height: float) -> Iterator[Any]:
 
 def finish(drawing: Any, *, name: str, caption: str, alt: str) -> Figure:
     """The figure in its three formats, without dates or versions."""
+    drawing.draw_without_rendering()
+    drawing.set_layout_engine("none")  # the layout is found; each format would look for it again
     svg, png, pdf = io.StringIO(), io.BytesIO(), io.BytesIO()
     drawing.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     drawing.savefig(png, format="png", dpi=200, metadata={"Software": None})
@@ -178,7 +180,14 @@ def points_of(
 
 
 def against(
-    points: Sequence[Point], display: Display, *, name: str, axis: Axis = NFE, real: Metric | None = None
+    points: Sequence[Point],
+    display: Display,
+    *,
+    name: str,
+    axis: Axis = NFE,
+    real: Metric | None = None,
+    title: str = "",
+    cut: bool = False,
 ) -> Figure | None:
     """A metric against compute: log axis, intervals, Pareto step, direct labels, the teacher also as a band.
 
@@ -188,10 +197,14 @@ def against(
         name: file name without ending.
         axis: what x is.
         real: the same metric for real against real, drawn as a dotted line.
+        title: heading above the figure, such as the base model.
+        cut: leave the teachers' place on the axis out, for the space of the others; their height stays as a line.
 
     Returns:
         The figure, or None where there is no point.
     """
+    teachers = [p for p in points if p.role == "teacher"] if cut else []
+    points = [p for p in points if p not in teachers]
     if not points:
         return None
     sign = -1 if display.better == "lower" else 1
@@ -204,7 +217,18 @@ def against(
     certain = [p for p in drawn if p.low < p.high]
     with canvas(4.7, 3.6) as drawing:
         axes = drawing.add_subplot()
-        _axes(axes, points, display, axis, real)
+        _axes(axes, points, display, axis, real, [p.y for p in teachers])
+        axes.set_title(title, fontsize=11, loc="left")
+        if teachers:  # room above for the labels, since students crowd at the top
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(bottom, min(top + 0.2 * (top - bottom), 104 if display.share else math.inf))
+        for p in teachers:
+            axes.axhline(p.y, color=INK, alpha=0.6, linewidth=1.2, zorder=0)
+            text = f"{p.label} at {axis.tick(p.x)}"
+            axes.annotate(
+                text, (0, p.y), xycoords=("axes fraction", "data"), xytext=(4, 2), textcoords="offset points",
+                ha="left", va="bottom", fontsize=9.5,
+            )  # fmt: skip
         axes.scatter([p.x for p in dots], [p.y for p in dots], s=9, color=MUTED, alpha=0.55, linewidths=0, zorder=1)
         _step(axes, drawn, certain, sign)
         _draw(axes, drawn)
@@ -216,12 +240,14 @@ def against(
                 "real vs real", (1, _scale(display, real.value)), xycoords=("axes fraction", "data"), xytext=(-2, 3),
                 textcoords="offset points", ha="right", va="bottom", fontsize=9, color=MUTED,
             )  # fmt: skip
-        title = f"{display.label}{' (%)' if display.share else ''}"
-        caption = f"{title} against {axis.text} (logarithmic){', with 95 % intervals' if certain else ''}."
+        what = f"{title}: " * bool(title) + f"{display.label}{' (%)' if display.share else ''}"
+        caption = f"{what} against {axis.text} (logarithmic){', with 95 % intervals' if certain else ''}."
         if any(p.role == "teacher" for p in certain):
             caption += " The grey band is the teacher's interval."
         if any(len(line) > 1 and line[0].role != "student" for line in lines(drawn)):
             caption += " The dashed line joins the undistilled model."
+        if teachers:
+            caption += f" The line is the teacher, whose {axis.text} lies off the axis."
         if len(drawn) > 2:
             caption += " The step is the Pareto front" + (
                 ", its shade where 95 % of resampled fronts lie." if len(certain) > 2 else "."
@@ -233,10 +259,10 @@ def against(
         ranges = {p: f" [{_number(display, p.low)}, {_number(display, p.high)}]" for p in certain}
         text = "; ".join(
             f"{p.label} at {axis.tick(p.x)}: {_number(display, p.y)}{ranges.get(p, '')}"
-            for p in sorted(named if dots or len(drawn) > 40 else drawn, key=lambda p: (p.x, p.label))
+            for p in sorted([*(named if dots or len(drawn) > 40 else drawn), *teachers], key=lambda p: (p.x, p.label))
         )
         reference = f"; real against real: {display.number(real.value)}" if real else ""
-        return finish(drawing, name=name, caption=caption, alt=f"{title} against {axis.text}. {text}{reference}.")
+        return finish(drawing, name=name, caption=caption, alt=f"{what} against {axis.text}. {text}{reference}.")
 
 
 def lines(points: Sequence[Point]) -> list[list[Point]]:
@@ -262,7 +288,9 @@ def _ends(display: Display, metric: Metric) -> tuple[float, float]:
     return _scale(display, low), _scale(display, high)
 
 
-def _axes(axes: Any, points: Sequence[Point], display: Display, axis: Axis, real: Metric | None) -> None:
+def _axes(
+    axes: Any, points: Sequence[Point], display: Display, axis: Axis, real: Metric | None, also: Sequence[float]
+) -> None:
     positions = [p.x for p in points]
     low, high = min(positions), max(positions)
     if axis.base == 2:
@@ -278,7 +306,7 @@ def _axes(axes: Any, points: Sequence[Point], display: Display, axis: Axis, real
     shown = [tick for tick in ticks if left <= tick <= right]
     axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
     axes.set_xlabel(axis.label if len(axis.label) <= 48 else f"{axis.label[:47]}\u2026")
-    ends = [end for p in points for end in (p.low, p.high)]
+    ends = [*also, *(end for p in points for end in (p.low, p.high))]
     if real is not None:
         ends.append(_scale(display, real.value))
     if display.share:

@@ -19,6 +19,8 @@ from leaderboard.errors import LeaderboardError
 from leaderboard.models import Reported
 from leaderboard.record import key_of
 
+PUBLISHED_TITLE = "Few-step video models: the published figures"
+"""Heading of the board of the shipped rows."""
 BLOCKS = {"Wan2.1 1.3B": 30, "Wan2.1 14B": 40}
 """L, transformer blocks of the base models that rows with a flow head are made from."""
 TOTAL_TOLERANCE = 0.0101

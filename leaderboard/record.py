@@ -91,12 +91,7 @@ def record_latency(db_url: str | None, path: Path) -> list[int]:
         return [_latency(row) | common for row in content["rows"]]
 
     found = _parse(path, rows, "a latency file")
-    return _store(
-        db_url,
-        Latency,
-        found,
-        ("name", "checkpoint_hash", "m", "n", "h", "batch", "dtype", "device", "created", "height", "width", "frames"),
-    )
+    return _store(db_url, Latency, found, CHECKS["latencies"][1])
 
 
 def record_preferences(db_url: str | None, path: Path) -> list[int]:
@@ -127,7 +122,7 @@ def record_preferences(db_url: str | None, path: Path) -> list[int]:
         return [_preference(row, hashes) | common for row in content["results"]]
 
     found = _parse(path, rows, "a file of preferences")
-    return _store(db_url, Preference, found, ("study", "schedule_hash", "question", "a", "b"))
+    return _store(db_url, Preference, found, CHECKS["preferences"][1])
 
 
 def record_claims(db_url: str | None, report_folder: Path) -> list[int]:
@@ -154,7 +149,7 @@ def record_claims(db_url: str | None, report_folder: Path) -> list[int]:
 
     found = _parse(path, rows, "a report with claims")
     report = path.resolve().parent.name
-    return _store(db_url, Claim, found, ("report", "claim", "source"), replaces=Claim.report == report)
+    return _store(db_url, Claim, found, CHECKS["claims"][1], replaces=Claim.report == report)
 
 
 def key_of(values: Sequence[Any]) -> str:
@@ -212,7 +207,7 @@ def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:
         "command": str(content["command"]),
         "code_revision": str(content["code_revision"]),
         "device": str(content.get("device") or ""),
-        "created": created if created.tzinfo else created.replace(tzinfo=UTC),
+        "created": (created if created.tzinfo else created.replace(tzinfo=UTC)).astimezone(UTC),
     }
 
 
@@ -255,6 +250,10 @@ def _preference(row: Mapping[str, Any], hashes: Mapping[str, str | None]) -> dic
     }
 
 
+def _preference_alone(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _preference(row, {})
+
+
 def _claim(row: Mapping[str, Any]) -> dict[str, Any]:
     verdicts = ("holds", "does not hold", "undecided")
     if row["verdict"] not in verdicts:
@@ -280,3 +279,14 @@ def _int(value: Any) -> int | None:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], dict[str, Any]], tuple[str, ...]]] = {
+    "latencies": (
+        _latency,
+        ("name", "checkpoint_hash", "m", "n", "h", "batch", "dtype", "device", "created", "height", "width", "frames"),
+    ),
+    "preferences": (_preference_alone, ("study", "schedule_hash", "question", "a", "b")),
+    "claims": (_claim, ("report", "claim", "source")),
+}
+"""For each table, what checks a row's numbers, and the columns that tell two rows apart."""

@@ -53,7 +53,11 @@ def build_report(
             "There is nothing to report: the database has no rows; record some with leaderboard add."
         )
     if clips is None:
-        clips = {result.id: Path(result.run) for result in results if (Path(result.run) / "manifest.jsonl").is_file()}
+        clips = {
+            result.id: Path(result.run)
+            for result in results
+            if result.run and (Path(result.run) / "manifest.jsonl").is_file()
+        }
     groups = groups_of(results)
     groups = [
         replace(

@@ -226,4 +226,4 @@ def _time(value: Any, path: Path) -> datetime:
         time = value if isinstance(value, datetime) else datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:
         raise LeaderboardError(f"{path} gives {value!r} as 'created', which must be an ISO 8601 time.") from error
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)

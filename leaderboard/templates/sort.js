@@ -1,5 +1,6 @@
 "use strict";
-// Sorting by a click on a column's heading; without scripts the tables simply keep the order of the report.
+// Sorting by a click on a column's heading, and a filter over long tables; without scripts the tables simply keep the
+// order of the report.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
@@ -23,4 +24,25 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...[...body.rows].sort(compare));
     });
   });
+  if (body.rows.length > 8) {
+    const label = document.createElement("label");
+    const input = document.createElement("input");
+    const count = document.createElement("span");
+    label.className = "filter";
+    input.type = "search";
+    input.placeholder = "for example: rCM 14B";
+    count.setAttribute("role", "status");
+    label.append("Filter rows", input, count);
+    (table.closest(".scroll") ?? table).before(label);
+    input.addEventListener("input", () => {
+      const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let shown = 0;
+      for (const row of body.rows) {
+        const text = row.textContent.toLowerCase();
+        row.hidden = !words.every((word) => text.includes(word));
+        shown += !row.hidden;
+      }
+      count.textContent = words.length ? `${shown} of ${body.rows.length} rows` : "";
+    });
+  }
 }

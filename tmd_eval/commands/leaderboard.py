@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,17 +25,29 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def add(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder with config.yaml, manifest.jsonl and scores.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Run folder; or latency.json, preferences.json, or a report with claims."),
+    ],
     name: Annotated[str | None, typer.Option(help="Name people see; by default such as TMD-N2H2, M = 2.")] = None,
     db: Database = None,
     as_json: Json = False,
 ) -> None:
-    """Record a run; recording it again updates its row.
+    """Record a run, or a file of latencies, preferences or claims; recording it again updates its rows.
 
     Example: tmd-eval leaderboard add runs/tmd --name TMD-N2H2
     """
-    from leaderboard.record import record_run
+    from leaderboard.record import record_claims, record_latency, record_preferences, record_run
 
+    for file, record in (
+        ("latency.json", record_latency),
+        ("preferences.json", record_preferences),
+        ("report.json", record_claims),
+    ):
+        if run.name == file or (not (run / "config.yaml").is_file() and (run / file).is_file()):
+            rows = record(db, run.parent if run.name == "report.json" else run)
+            typer.echo(json.dumps({"rows": rows}) if as_json else f"{len(rows)} rows of {run}")
+            return
     row = record_run(db, run, name=name)
     typer.echo(json.dumps({"row": row}) if as_json else f"row {row}")
 
@@ -45,6 +58,7 @@ def import_(
         str,
         typer.Argument(metavar="published|FILE", help="The shipped published rows, a CSV of such rows, or a bundle."),
     ],
+    sha256: Annotated[str | None, typer.Option(help="SHA-256 that the sender of a bundle told you.")] = None,
     db: Database = None,
     as_json: Json = False,
 ) -> None:
@@ -52,10 +66,56 @@ def import_(
 
     Example: tmd-eval leaderboard import published; tmd-eval leaderboard import results.csv
     """
+    from leaderboard.bundle import import_bundle
+    from leaderboard.errors import LeaderboardError
     from leaderboard.published import import_csv, import_published
 
-    counts = import_published(db) if source == "published" else import_csv(db, Path(source))
+    path = Path(source)
+    if path.suffix.lower() == ".zip":
+        counts = import_bundle(db, path, sha256=sha256)
+    elif sha256 is not None:
+        raise LeaderboardError(f"--sha256 is for bundles (.zip), and {source} is none.")
+    else:
+        counts = import_published(db) if source == "published" else import_csv(db, path)
     typer.echo(json.dumps(counts) if as_json else ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(metavar="FILE.zip", help="The bundle.")],
+    row: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Only this measured row; may be repeated.")
+    ] = None,
+    lab: Annotated[str, typer.Option(help="Who sends it; shown where it is imported.")] = "",
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Write rows, their provenance, hashes and thumbnails as one file for another lab's board.
+
+    Example: tmd-eval leaderboard export --out ours.zip --lab "Lab A"
+    """
+    from leaderboard.bundle import export_bundle
+    from leaderboard.errors import LeaderboardError
+
+    if out.suffix.lower() != ".zip":
+        raise LeaderboardError(f"A bundle is a .zip file; {out} is none.")
+    done = export_bundle(db, out, rows=row or None, lab=lab)
+    typer.echo(json.dumps({"bundle": str(out), **done}) if as_json else f"{done['rows']} rows, sha256 {done['sha256']}")
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    db: Database = None,
+) -> None:
+    """Browse the database in a page that follows it; needs pip install 'tmd-eval[study]'.
+
+    Example: tmd-eval leaderboard serve --db results.db
+    """
+    from leaderboard.serve import page
+
+    page(db).launch(server_name=host, server_port=port, share=False, quiet=True)
 
 
 @app.command()
@@ -82,21 +142,38 @@ def show(
 
 @app.command()
 def build(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the report.")],
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Leaderboard",
-    row: Annotated[list[int] | None, typer.Option(metavar="ID", help="Only this row; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the site.")],
+    title: Annotated[str | None, typer.Option(help="Heading of the pages.")] = None,
+    row: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Only this measured row; may be repeated.")
+    ] = None,
     clips: Annotated[bool, typer.Option(help="Show clips side by side, from the recorded run folders.")] = True,
+    published: Annotated[
+        bool, typer.Option("--published", help="The shipped published rows alone, no database.")
+    ] = False,
     db: Database = None,
     as_json: Json = False,
 ) -> None:
-    """Write the report: index.html, leaderboard.md, report.json and figures.
+    """Write the site: index, a page for each model, comparison, claims, figures and tables.
 
-    Example: tmd-eval leaderboard build --out report
+    Example: tmd-eval leaderboard build --out site
     """
-    from leaderboard.report import build_report
+    from leaderboard.errors import LeaderboardError
+    from leaderboard.published import PUBLISHED_TITLE, import_published
+    from leaderboard.site import build_site
 
     command = shlex.join(["tmd-eval", *sys.argv[1:]])
-    page = build_report(db, out, title=title, command=command, rows=row or None, clips=None if clips else {})
+    if published:
+        if db or row:
+            raise LeaderboardError("--published takes no --db and no --row: it shows the shipped rows alone.")
+        with tempfile.TemporaryDirectory() as folder:
+            db = str(Path(folder) / "published.db")
+            import_published(db)
+            page = build_site(db, out, title=title or PUBLISHED_TITLE, command=command)
+    else:
+        page = build_site(
+            db, out, title=title or "Leaderboard", command=command, rows=row or None, clips=None if clips else {}
+        )
     typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 

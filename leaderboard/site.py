@@ -1,0 +1,326 @@
+"""The site: an index, a page for each model, a comparison of any two, preferences, claims, and what each number means.
+
+Plain files that open from a disk and refer to nothing outside their folder. The same database gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from leaderboard import checks, dimension_figures, display, exports, figures, published, reported_board
+from leaderboard.board import Group, Pair, columns, groups_of, main_device, paired_rows, pairs_of, reference, slug
+from leaderboard.clips import Sheet, contact_sheet
+from leaderboard.display import Display
+from leaderboard.errors import LeaderboardError
+from leaderboard.figures import Figure
+from leaderboard.models import Latency, Preference, Reported, Result, Thumbnail
+from leaderboard.page import environment, write_file
+from leaderboard.query import Evidence, load, load_evidence, load_reported, prompt_means, reported_dict, show
+from leaderboard.report import report_json
+
+SHEET = 8
+"""Models side by side on the index, at most."""
+MODEL_SHEETS = 60
+"""Model pages with moving clips, at most; the best rows of each group come first."""
+COMPARABLE = 400
+"""Rows that the comparison page offers, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPage:
+    """What stands on the page of one measured row."""
+
+    row: Result
+    group: Group
+    slug: str
+    pairs: list[Pair] = field(default_factory=list)
+    latencies: list[Latency] = field(default_factory=list)
+    preferences: list[Preference] = field(default_factory=list)
+    thumbnails: list[tuple[str, str]] = field(default_factory=list)
+    """Prompt and data URI."""
+    sheet: Sheet | None = None
+
+
+def build_site(
+    db_url: str | None,
+    out: Path,
+    *,
+    title: str = "Leaderboard",
+    command: str,
+    rows: Iterable[int] | None = None,
+    clips: Mapping[int, Path] | None = None,
+) -> Path:
+    """Write the site; files of an older one in the folder are replaced.
+
+    Args:
+        db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
+        out: the folder, made when missing.
+        title: heading of the pages.
+        command: command line that makes the site again.
+        rows: ids of the measured rows to show; all by default. Published rows are always shown.
+        clips: run folder by row id; by default those recorded, where they still exist. Empty: no clips.
+
+    Returns:
+        Path of index.html.
+
+    Raises:
+        LeaderboardError: nothing to show, an unknown id, or a clip that cannot be read.
+    """
+    results, reported, evidence = load(db_url, rows=rows), load_reported(db_url), load_evidence(db_url)
+    if not (results or reported or evidence.claims or evidence.preferences or evidence.latencies):
+        raise LeaderboardError(
+            "There is nothing to report: the database has no rows; record some with leaderboard add, or load the "
+            "published ones with leaderboard import published."
+        )
+    if clips is None:
+        clips = {row.id: Path(row.run) for row in results if row.run and (Path(row.run) / "manifest.jsonl").is_file()}
+    groups = [_complete(group, db_url, evidence, clips) for group in groups_of(results)]
+    models = reported_board.models(reported)
+    drawn = reported_board.reported_figures(reported)
+    studies = [
+        (study, found, dimension_figures.preferences(found, name=f"preferences-{i}"))
+        for i, (study, found) in enumerate(_by_study(evidence.preferences).items(), 1)
+    ]
+    pages = {page.row.id: page for page in _model_pages(groups, evidence, clips)}
+    shown = [row for group in groups for row in group.rows]
+    every = [figure for group in groups for figure in (*group.figures, *([group.radar] if group.radar else []))]
+    every += [*drawn, *(figure for _, _, figure in studies if figure)]
+    kept = {row.id for row in shown}
+    table = [row for row in show(db_url) if row["source"] != "measured" or row["id"] in kept]
+
+    templates = _templates()
+    templates.globals |= {
+        "title": title,
+        "command": command,
+        "groups": groups,
+        "pages": pages,
+        "reported": reported_board.ordered(reported),
+        "reported_models": models,
+        "reported_page": {row.id: model for model in models for row in model.rows},
+        "flagged": [row for row in reported if published.flags(row)],
+        "disagreements": reported_board.disagreements(reported),
+        "reported_figures": drawn,
+        "studies": studies,
+        "claims": evidence.claims,
+        "latencies": evidence.latencies,
+        "results": shown,
+        "metrics": {metric.name for row in shown for metric in row.metrics},
+        "devices": sorted({row.device for row in shown}),
+        "revisions": sorted({row.code_revision for row in shown}),
+    }
+    for folder in (out, out / "models", out / "figures"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for figure in every:
+        for ending, content in (("svg", figure.svg), ("png", figure.png), ("pdf", figure.pdf)):
+            write_file(out / "figures" / f"{figure.name}.{ending}", content)
+    for model_page in pages.values():
+        html = templates.get_template("site_model.html.j2").render(page=model_page, row=model_page.row)
+        write_file(out / "models" / f"{model_page.slug}.html", html)
+    for model in models:
+        html = templates.get_template("site_reported.html.j2").render(model=model)
+        write_file(out / "models" / f"{model.slug}.html", html)
+    rows_to_compare = Markup(_comparable(groups, reported, pages))  # JSON without <, see there
+    filled = {"compare": True, "preferences": studies, "claims": evidence.claims, "method": True}
+    for name in (name for name, content in filled.items() if content):
+        html = templates.get_template(f"site_{name}.html.j2").render(comparable=rows_to_compare)
+        write_file(out / f"{name}.html", html)
+    for name in ("style.css", "site.css", "sort.js", "compare.js"):
+        write_file(out / name, str(templates.globals["asset"](name)))  # type: ignore[operator]
+    write_file(out / "leaderboard.md", templates.get_template("leaderboard.md.j2").render())
+    write_file(out / "leaderboard.csv", exports.as_csv(table))
+    write_file(out / "leaderboard.json", exports.as_json(table))
+    write_file(out / "leaderboard.tex", exports.as_latex(groups, reported))
+    summary = report_json(shown, command=command)
+    summary["rows"] += [_contract(row) for row in reported]
+    write_file(out / "report.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(out / "index.html", templates.get_template("site_index.html.j2").render())
+    return out / "index.html"
+
+
+def _templates() -> Environment:
+    templates = environment()
+    templates.globals |= {
+        "quality_dimensions": checks.QUALITY_DIMENSIONS,
+        "dimensions": checks.DIMENSIONS,
+        "formula": published.formula,
+        "flags_of": published.flags,
+        "name_of": published.name,
+        "family": figures.family,
+    }
+    templates.filters |= {"points": _points, "gigabytes": lambda value: f"{value / 2**30:.2f}"}
+    return templates
+
+
+def _points(value: float, shown: Display | None) -> str:
+    """A signed difference: percent points for shares, three digits otherwise."""
+    if shown is None or shown.share:
+        return f"{100 * value:+.1f}"
+    return f"{value:+#.3g}"
+
+
+def _complete(group: Group, db_url: str | None, evidence: Evidence, clips: Mapping[int, Path]) -> Group:
+    """The group with its figures, pairs and contact sheet."""
+    compared = paired_rows(group, evidence.with_videos)
+    having = [row for row in group.rows if row.id in clips][:SHEET]
+    teachers = [row for row in group.rows if row.role == "teacher" and row.id in clips][:1]
+    beside = [
+        *having[: SHEET - len(teachers)],
+        *(row for row in teachers if row not in having[: SHEET - len(teachers)]),
+    ]
+    rows = dimension_figures.dimension_rows(group.rows)
+    dots = dimension_figures.dots(rows, name=f"{group.slug}-dimensions")
+    return replace(
+        group,
+        figures=[*_figures(group, evidence), *([dots] if dots else [])],
+        radar=dimension_figures.radar(rows, name=f"{group.slug}-radar"),
+        pairs=pairs_of(compared, prompt_means(db_url, [row.id for row in compared])) if len(compared) > 1 else [],
+        sheet=contact_sheet(columns(beside), clips),
+    )
+
+
+def _figures(group: Group, evidence: Evidence) -> list[Figure]:
+    """Each main metric against effective NFE, then against time on the device with most rows."""
+    by_name = {shown.name: shown for shown in group.displays}
+    names = [name for name in checks.TOTALS if name in by_name]
+    names = names or [shown.name for shown in [group.primary] if shown] + [n for n in display.FIDELITY if n in by_name]
+    times, device = _times(group, evidence)
+    drawn = []
+    for suffix in ("nfe", "seconds"):
+        for name in names:
+            shown = by_name[name]
+            real = reference(group.rows) if name in display.FIDELITY else None
+            stem = f"{group.slug}-{slug(name)}-{suffix}"
+            if suffix == "nfe":
+                drawn.append(figures.against(figures.points_of(group.rows, shown), shown, name=stem, real=real))
+            elif device and len(times) > 1:
+                points = figures.points_of(group.rows, shown, lambda row: times.get(row.id))
+                axis = figures.latency_axis(device)
+                drawn.append(figures.against(points, shown, name=stem, axis=axis, real=real))
+    return [figure for figure in drawn if figure is not None]
+
+
+def _times(group: Group, evidence: Evidence) -> tuple[dict[int, float], str | None]:
+    """Seconds a video by id, and the device: as ``tmd-eval latency`` timed two rows or more, else as the runs did."""
+    measured: dict[str, dict[int, float]] = {}
+    for latency in evidence.latencies:
+        for row in group.rows:
+            same = (row.checkpoint_hash, row.m, row.n) == (latency.checkpoint_hash, latency.m, latency.n)
+            if same and latency.batch == 1 and row.guidance == latency.guidance:
+                measured.setdefault(latency.device, {})[row.id] = latency.seconds["total"]["median"]
+    device = min(measured, key=lambda name: (-len(measured[name]), name), default=None)
+    if device is not None and len(measured[device]) > 1:
+        return measured[device], device
+    device = main_device(group.rows)
+    return {
+        row.id: row.seconds_per_video for row in group.rows if row.device == device and row.seconds_per_video
+    }, device
+
+
+def _by_study(rows: Sequence[Preference]) -> dict[str, list[Preference]]:
+    found: dict[str, list[Preference]] = {}
+    for row in rows:
+        found.setdefault(row.study, []).append(row)
+    return found
+
+
+def _model_pages(groups: Sequence[Group], evidence: Evidence, clips: Mapping[int, Path]) -> Iterator[ModelPage]:
+    left = MODEL_SHEETS
+    for group in groups:
+        teacher = next((row for row in group.rows if row.role == "teacher" and row.id in clips), None)
+        undistilled = [row for row in group.rows if row.role == "undistilled" and row.id in clips]
+        for row in group.rows:
+            sheet = None
+            if row.id in clips and left:
+                left -= 1
+                same = next((other for other in undistilled if other.m == row.m and other is not row), None)
+                beside = [row, *(other for other in (teacher, same) if other is not None and other is not row)]
+                sheet = contact_sheet(beside, clips, prompts=2, budget=400_000)
+            yield ModelPage(
+                row=row,
+                group=group,
+                slug=f"{slug(row.name)}-{row.key[:8]}",
+                pairs=[pair for pair in group.pairs if row in (pair.a, pair.b)],
+                latencies=[x for x in evidence.latencies if _same(x, row)],
+                preferences=[x for x in evidence.preferences if row.checkpoint_hash in (x.a_hash, x.b_hash)]
+                if row.checkpoint_hash
+                else [],
+                thumbnails=[] if sheet else [_thumbnail(x) for x in evidence.thumbnails.get(row.id, [])],
+                sheet=sheet,
+            )
+
+
+def _same(latency: Latency, row: Result) -> bool:
+    return latency.checkpoint_hash is not None and (
+        (latency.checkpoint_hash, latency.m, latency.n) == (row.checkpoint_hash, row.m, row.n)
+    )
+
+
+def _thumbnail(thumbnail: Thumbnail) -> tuple[str, str]:
+    kind = "png" if thumbnail.image.startswith(b"\x89PNG") else "webp"
+    return thumbnail.prompt, f"data:image/{kind};base64,{b64encode(thumbnail.image).decode()}"
+
+
+def _comparable(groups: Sequence[Group], reported: Sequence[Reported], pages: Mapping[int, ModelPage]) -> str:
+    """Data of the comparison page: rows and paired differences, as JSON that is safe inside a script element."""
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, dict[str, Any]] = {}
+    chosen = [(row, group) for group in groups for row in group.rows][:COMPARABLE]
+    index = {row.id: f"m{row.id}" for row, _ in chosen}
+    for row, group in chosen:
+        for shown in group.displays:
+            metrics.setdefault(shown.name, {"label": shown.label, "share": shown.share, "better": shown.better})
+        rows.append(
+            {
+                "key": index[row.id], "name": row.name, "group": f"Measured on {group.name}",
+                "page": f"models/{pages[row.id].slug}.html", "nfe": row.effective_nfe, "passes": row.forward_passes,
+                "seconds": row.seconds_per_video, "device": row.device,
+                "metrics": {m.name: [m.value, m.low, m.high, m.n] for m in row.metrics if m.name != display.REAL},
+            }
+        )  # fmt: skip
+    for entry in reported[: COMPARABLE - len(rows)]:
+        values = reported_dict(entry)
+        for name in entry.scores:
+            label = dimension_figures.LABELS.get(name, name.capitalize())
+            metrics.setdefault(name, {"label": label, "share": True, "better": "higher"})
+        scores = {name: [metric["value"], None, None, None] for name, metric in values["metrics"].items()}
+        rows.append(
+            {
+                "key": f"r{entry.id}", "name": f"{published.name(entry)} ({entry.source})",
+                "group": "Reported elsewhere", "page": None, "nfe": entry.effective_nfe,
+                "passes": values["forward_passes"], "seconds": None, "device": None, "metrics": scores,
+            }
+        )  # fmt: skip
+    pairs = {
+        f"{index[pair.a.id]} {index[pair.b.id]}": {
+            name: [round(x, 6) for x in (d.value, d.low, d.high)] + [d.prompts] for name, d in pair.differences.items()
+        }
+        for group in groups
+        for pair in group.pairs
+        if pair.a.id in index and pair.b.id in index
+    }
+    text = json.dumps({"rows": rows, "metrics": metrics, "pairs": pairs}, ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _contract(row: Reported) -> dict[str, Any]:
+    """A published row as report.json has rows, with its source and flags; the name says the source, to be unique."""
+    values = reported_dict(row)
+    kept = {key: values[key] for key in ("role", "method", "m", "n", "h", "effective_nfe", "seconds_per_video")}
+    metrics = {
+        name: {key: entry[key] for key in ("value", "low", "high", "n")} for name, entry in values["metrics"].items()
+    }
+    return {
+        "name": f"{values['name']} ({row.source})",
+        **kept,
+        "metrics": metrics,
+        "source": row.source,
+        "flags": values["flags"],
+    }
