@@ -169,3 +169,11 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
     with reading(str(path)) as session:
         assert session.scalar(select(func.count()).select_from(VideoScore)) == 0
     engine.dispose()
+
+
+def test_every_field_of_the_schema_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "leaderboard.md").read_text()
+    for table in Base.metadata.sorted_tables:
+        section = text.split(f"### `{table.name}`")[1].split("### `")[0]
+        documented = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")][1:]
+        assert sorted(documented) == sorted(column.name for column in table.columns)
