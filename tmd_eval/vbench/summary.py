@@ -55,21 +55,26 @@ class Scored:
         return self.n + self.undetected < self.expected
 
 
-def row_weight(dimension: str, extra: Mapping[str, Any]) -> float:
-    """Weight of a video in the official aggregate of one process."""
+def row_weights(dimension: str, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Weight of each video in the official aggregate of one process; 1 where no row states its own.
+
+    Args:
+        dimension: one of the sixteen.
+        rows: of ``scores/{dimension}.jsonl``, ours (which state it) or anybody's.
+    """
     key = DIMENSIONS[dimension].weight
-    if key is None:
-        return 1.0
-    value = extra[key]
-    return float(len(value) if isinstance(value, list) else value)
+    if key is None or not any(key in row["extra"] for row in rows):
+        return [1.0] * len(rows)
+    stated = [row["extra"][key] for row in rows]
+    return [float(len(value) if isinstance(value, list) else value) for value in stated]
 
 
 def sums_of(dimension: str, rows: Sequence[Mapping[str, Any]]) -> Sums:
-    """Sums per prompt of the rows of ``scores/{dimension}.jsonl``."""
+    """Sums per prompt of the rows of ``scores/{dimension}.jsonl``; the prompt of foreign rows is the name's."""
     return statistics.sums(
-        [row["extra"]["prompt"] for row in rows],
+        [row["extra"].get("prompt") or row["video"].rpartition("-")[0] or row["video"] for row in rows],
         [row["value"] for row in rows],
-        [row_weight(dimension, row["extra"]) for row in rows],
+        row_weights(dimension, rows),
     )
 
 
@@ -95,17 +100,23 @@ def read_sums(run: Path) -> dict[str, Sums]:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """``scores/vbench.json`` of a run.
+    """``scores/vbench.json`` of a run; without one, what ``summary.json`` says of VBench's dimensions.
 
     Raises:
-        ConfigError: there is none, or it is broken.
+        ConfigError: there is neither, or it is broken.
     """
-    try:
-        return dict(json.loads((run / RECORD).read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{run} has no {RECORD}; score it with: tmd-eval vbench --videos {run} --out {run}"
-        ) from error
+    for path in (run / RECORD, run / "scores" / "summary.json"):
+        if not path.is_file():
+            continue
+        try:
+            found = dict(json.loads(path.read_text("utf-8")))
+            if path.name == RECORD.name:
+                return found
+            dimensions = {k: {"partial": v["completeness"] < 1} for k, v in found.items() if k in DIMENSIONS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is broken ({error!r}); score the run again.") from error
+        return {"version": None, "protocol": {}, "dimensions": dimensions, "totals": None, "not_measured": {}}
+    raise ConfigError(f"{run} has no scores; make them with: tmd-eval vbench --videos {run} --out {run}")
 
 
 def write_summary(
