@@ -248,6 +248,9 @@ def resolve(layers: Iterable[Layer]) -> TrainConfig:
         kind = method_kind(str(name))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+    for key, (_, origin) in settings.items():  # a shared parent file may shape flow heads, a flag means this run
+        if key.startswith("student.") and origin == "--set" and not kind.flow_head:
+            raise ConfigError(f"--set {key}: a student of {name} has no flow head; leave the setting out.")
     for key in ("m", "n"):  # here, as a method would only say that some time grid has too few steps
         value, source = settings.get(f"method.{key}", (1, ""))
         if isinstance(value, (int, float)) and value < 1:

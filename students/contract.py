@@ -61,7 +61,7 @@ def check_contract(config: TrainConfig) -> Iterator[str]:
         parts = build_parts(config, ranks, progress=False)
         yield _networks(config, parts)
         firsts = _turns(config, parts)
-        yield f"turns follow from the iteration alone; the student moves ({len(firsts)} kinds of turn)"
+        yield f"turns follow from the iteration alone; the student moves; kinds of turn: {len(firsts)}"
         for iteration in firsts:
             _losses(config, parts, iteration)
         yield "losses are finite, repeat to the bit, and take every draw from the generator"
@@ -243,7 +243,7 @@ def _costs(config: TrainConfig, parts: Parts) -> str:
 def _checkpoint(config: TrainConfig, parts: Parts) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
-        save_student(path, parts.student, student_spec(config, parts.base, {}))  # type: ignore[arg-type]
+        save_student(path, parts.student, student_spec(config, parts.base, {}))
         checkpoint = open_checkpoint(path)
         settings = checkpoint.settings()
         video = checkpoint.sample([""], [0])

@@ -87,6 +87,8 @@ class DMD2VConfig:
         for name in ("gan_weight", "r1_weight", "r1_sigma", "sigma_outer"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        if self.r1_weight and not self.adversarial:
+            raise ConfigError(f"r1_weight is {self.r1_weight}, but there is no discriminator to penalise; set it to 0.")
         if self.norm not in ("x_hat", "printed"):
             raise ConfigError(f"The norm {self.norm!r} of the VSD gradient is unknown; choose x_hat or printed.")
 
@@ -137,6 +139,11 @@ class PlainDMD2VConfig(DMD2VConfig):
         super().__post_init__()
         if self.sampler not in NEXT_POINT:
             raise ConfigError(f"The sampler {self.sampler!r} is unknown; choose one of {', '.join(NEXT_POINT)}.")
+        if self.backward_simulation and self.shift_outer == "gaussian":
+            raise ConfigError(
+                "backward_simulation stands on the points of the sampling grid, which shift_outer gaussian would move; "
+                "choose one of the two."
+            )
 
 
 class DMD2V:

@@ -28,6 +28,7 @@ from students.distributed import Ranks
 from students.errors import ConfigError
 from students.machine import home
 from students.method import Batch, Cost, MethodKind, Pairs, Shape
+from students.parallel import store_low
 from students.plain import plain_estimate
 from students.sampling import VideoNoise, sample_teacher
 from students.times import grid
@@ -152,20 +153,15 @@ def open_trajectories(config: KDConfig, base: Base, pairs: Pairs, ranks: Ranks, 
         ]
         ranks.barrier()  # all look before the first one writes, so that they share the work alike
         mine = missing[ranks.rank :: ranks.world]
-        times: list[float] = []
-        for path, start in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not progress):
-            times, points = _trajectories(config, base, pairs, range(start, min(start + size, config.trajectories)))
-            _write(path, {"points": points, "times": torch.tensor(times, dtype=torch.float64)})
-        ranks.barrier()
-        if ranks.main:
-            first, *_ = _paths(folder, config.trajectories, size)
-            with safe_open(first, "pt") as shard:
-                times = shard.get_tensor("times").tolist()
-            partial = folder / f".{INDEX}.{os.getpid()}"
-            record = {**source, "key": folder.name, "count": config.trajectories, "times": times}
-            partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-            partial.replace(folder / INDEX)
-        ranks.barrier()
+
+        def make() -> None:
+            if mine and torch.is_autocast_enabled(base.device.type):  # half the memory, as the trainer keeps teachers
+                store_low(base.transformer)
+            for path, start in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not progress):
+                _write(path, _trajectories(config, base, pairs, range(start, min(start + size, config.trajectories))))
+
+        ranks.agree(make)
+        ranks.agree(lambda: _finish(folder, config, source) if ranks.main else None)
     return TrajectoryShards(folder, pairs, config.trajectory_seed)
 
 
@@ -188,9 +184,20 @@ def _folder(config: KDConfig, base: Base, pairs: Pairs) -> tuple[Path, dict[str,
     return root / key, source
 
 
+def _finish(folder: Path, config: KDConfig, source: dict[str, Any]) -> None:
+    """Write the index over a full set of shards, which makes the folder complete."""
+    first, *_ = _paths(folder, config.trajectories, source["shard"])
+    with safe_open(first, "pt") as shard:
+        times = shard.get_tensor("times").tolist()
+    partial = folder / f".{INDEX}.{os.getpid()}"
+    record = {**source, "key": folder.name, "count": config.trajectories, "times": times}
+    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    partial.replace(folder / INDEX)
+
+
 @torch.no_grad()
-def _trajectories(config: KDConfig, base: Base, pairs: Pairs, numbers: range) -> tuple[list[float], Tensor]:
-    """Times of the kept points, and the points with the end, (n, K + 1, C, T, H, W), on the CPU."""
+def _trajectories(config: KDConfig, base: Base, pairs: Pairs, numbers: range) -> dict[str, Tensor]:
+    """One shard, on the CPU: "times" of the kept points, and "points" with the end, (n, K + 1, C, T, H, W)."""
     part = slice(numbers.start, numbers.stop)
     text = pairs.draw(config.trajectory_seed, 1, config.trajectories, part).text.to(base.device)
     negative = base.encode_prompts([base.negative_prompt]).to(text) if config.guidance > 1 else None
@@ -205,13 +212,16 @@ def _trajectories(config: KDConfig, base: Base, pairs: Pairs, numbers: range) ->
             points.append(x.cpu())
 
     end = sample_teacher(base, text, negative, noise, config.teacher_steps, config.guidance, watch=keep)
-    return times, torch.stack([*points, end.cpu()], dim=1)
+    return {
+        "times": torch.tensor(times, dtype=torch.float64),
+        "points": torch.stack([*points, end.cpu()], dim=1).contiguous(),
+    }
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+        save_file(tensors, partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -154,7 +154,7 @@ def test_the_discriminator_is_a_choice() -> None:
     negative = torch.zeros(1, TEXT_LENGTH, TEXT_WIDTH)
     batch = Batch(latents=normal(2, *SHAPE), text=normal(2, TEXT_LENGTH, TEXT_WIDTH))
     for kind in ("conv3d", "conv1d2d", "attention", "none"):
-        config = PlainDMD2VConfig(discriminator=kind, discriminator_width=8, r1_weight=0.5)  # type: ignore[arg-type]
+        config = PlainDMD2VConfig(discriminator=kind, discriminator_width=8, r1_weight=0.5 * (kind != "none"))  # type: ignore[arg-type]
         method = PlainDMD2V(tiny_transformer(seed=1), teacher, negative, config)
         assert ("discriminator" in method.networks) == (kind != "none")
         assert set(method.losses(batch, 5, seeded())) == ({"vsd"} if kind == "none" else {"vsd", "gan"})
@@ -164,6 +164,10 @@ def test_the_discriminator_is_a_choice() -> None:
         PlainDMD2VConfig(discriminator="conv2d")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="choose one of ode, sde"):
         PlainDMD2VConfig(sampler="euler")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no discriminator to penalise"):
+        PlainDMD2VConfig(discriminator="none", r1_weight=0.5)
+    with pytest.raises(ConfigError, match="choose one of the two"):
+        PlainDMD2VConfig(backward_simulation=True, shift_outer="gaussian")
 
 
 # --- the KD warm-up
@@ -305,6 +309,20 @@ def test_interrupted_dmd2v_resumes_to_the_bit(world: dict[str, Any], tmp_path: P
     again = train(make(world, tmp_path / "b", iterations=5, **settings), resume=True, progress=False)
     first, second = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_rates_grow_over_the_warm_up(world: dict[str, Any], tmp_path: Path) -> None:
+    """Adam's first step has the size of the rate: after one iteration of a warm-up of 100, a hundredth of it."""
+    settings: dict[str, Any] = {
+        "method__name": "rcm", "method__guidance": 1.0, "method__dmd_weight": 0, "method__derivative": "finite",
+        "iterations": 1, "ema": 0, "optimiser__weight_decay": 0,
+    }  # fmt: skip
+    start = load_base(world["base"]).transformer.proj_out.weight
+    moved = []
+    for warmup in (0, 100):
+        folder = train(make(world, tmp_path / str(warmup), optimiser__warmup=warmup, **settings), progress=False)
+        moved.append((load_student(folder)[1].proj_out.weight - start).abs().max().item())
+    assert moved[0] == pytest.approx(1e-3, rel=0.01) and moved[1] == pytest.approx(1e-5, rel=0.05)
 
 
 def test_rcm_from_a_config_to_videos(world: dict[str, Any], tmp_path: Path) -> None:
