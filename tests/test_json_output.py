@@ -50,6 +50,8 @@ def outputs(folder: Path) -> dict[str, Any]:
         "micro --dry-run": call(*micro, "--out", run, "--dry-run", "--json"),
         "micro": call(*micro, "--out", run, "--json"),
         "leaderboard add": call("leaderboard", "add", run, *db, "--json"),
+        "leaderboard import": call("leaderboard", "import", "published", "--db", str(folder / "p.db"), "--json"),
+        "leaderboard export": call("leaderboard", "export", "--out", str(folder / "board.zip"), *db, "--json"),
         "leaderboard show": call("leaderboard", "show", *db, "--json"),
         "leaderboard build": call("leaderboard", "build", "--out", str(folder / "site"), *db, "--json"),
     }  # fmt: skip
