@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,7 +164,8 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    result: dict[str, Any] = {**provenance(command="python -m benchmarks.method_speed", device=device), "sizes": {}}
+    command = shlex.join(["python", "-m", "benchmarks.method_speed", *sys.argv[1:]])
+    result: dict[str, Any] = {**provenance(command=command, device=device), "sizes": {}}
     for name in args.size or sorted(SIZES):
         bench = Bench.of(SIZES[name], device)
         rows = []
