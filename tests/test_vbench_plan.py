@@ -196,6 +196,19 @@ def test_every_gap_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert summary[FLICKER]["partial"] and summary[FLICKER]["completeness"] == pytest.approx(14 / 15)
 
 
+def test_a_small_run_is_scored_where_it_has_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_with(monkeypatch, by_name)
+    videos = whole_set(tmp_path / "videos", samples=2)
+    record = score(videos, tmp_path / "run", [FLICKER, "subject_consistency"], allow_partial=True)
+    assert list(record["dimensions"]) == [FLICKER] and "subject_consistency: left out" in capsys.readouterr().err
+    with pytest.raises(IncompleteError, match="no video of a prompt of subject_consistency"):
+        score(videos, tmp_path / "run", ["subject_consistency"], allow_partial=True)
+    with pytest.raises(IncompleteError, match="9 of 15 videos for temporal_flickering"):
+        score(videos, tmp_path / "run", [FLICKER, "subject_consistency"])
+
+
 def test_two_of_ten_are_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(monkeypatch, by_name)
     videos = tmp_path / "videos"

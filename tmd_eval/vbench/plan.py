@@ -179,15 +179,13 @@ def check_selection(dimension: str, selection: Selection, *, allow_partial: bool
     Raises:
         IncompleteError: videos are missing; names them.
     """
-    if selection.missing and not (allow_partial and selection.videos):
+    if selection.missing and not allow_partial:
         total = len(selection.missing) + len(selection.videos)
         raise IncompleteError(
             f"{len(selection.missing)} of {total} videos for {dimension} are missing: "
             f"{runner.list_names(selection.missing)}; nothing was scored. Make them, or score what is there with "
             "--allow-partial."
         )
-    if not selection.videos:
-        raise IncompleteError(f"The run has no video of a prompt of {dimension}; generate some first.")
 
 
 def odd_ones(

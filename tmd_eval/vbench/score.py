@@ -98,6 +98,8 @@ def score(
             )
             for name in dimensions
         }
+        selections = _with_videos(selections, options.allow_partial)
+        dimensions = list(selections)
         for name, selection in selections.items():
             plan.check_selection(name, selection, allow_partial=options.allow_partial)
         found = inspect_videos(selections.values(), out, ranks)
@@ -105,7 +107,7 @@ def score(
         selections = {name: usable(name, s, found, usual, options) for name, s in selections.items()}
         failed: dict[str, str] = {}
         filter_record = None
-        if filtered:
+        if filtered and "temporal_flickering" in selections:
             selections["temporal_flickering"], filter_record = _keep_still(
                 selections["temporal_flickering"], found, out, workers, ranks, options
             )
@@ -128,6 +130,16 @@ def score(
             record,
         )
     return record
+
+
+def _with_videos(selections: dict[str, Selection], allow_partial: bool) -> dict[str, Selection]:
+    """The dimensions of which a deliberately small run, or a partial set, has at least one video."""
+    kept = {name: s for name, s in selections.items() if s.videos or (s.missing and not allow_partial)}
+    if left_out := [name for name in selections if name not in kept]:
+        if not kept:
+            raise IncompleteError(f"There is no video of a prompt of {', '.join(left_out)}; generate some first.")
+        print(f"no video of a prompt of {', '.join(left_out)}: left out", file=sys.stderr)
+    return kept
 
 
 def _filters(folder: Path, dimensions: Sequence[str], options: Options) -> bool:
