@@ -90,6 +90,11 @@ class Base:
         """sha256 over the sorted sha256 of the components' weight files."""
         return combined_hash(path for component in COMPONENTS for path in weight_files(self.folder / component))
 
+    @cached_property
+    def encoder_hash(self) -> str:
+        """As :attr:`hash`, over VAE and text encoder only: what latents and embeddings depend on."""
+        return combined_hash(path for part in ("vae", "text_encoder") for path in weight_files(self.folder / part))
+
     @property
     def storage(self) -> torch.device:
         """Where networks lie between uses: the device, or the CPU with ``offload``."""

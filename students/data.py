@@ -103,29 +103,19 @@ def write_index(folder: Path, *, base_hash: str, source: dict[str, Any]) -> None
         partial.unlink(missing_ok=True)
 
 
-def read_index(folder: Path, base_hash: str) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     """The ``data.json`` of a complete data folder.
 
-    Args:
-        folder: data folder.
-        base_hash: hash of the base model in training; data of another model are refused.
-
     Raises:
-        ConfigError: the folder is missing, unfinished, damaged, or made for another model.
+        ConfigError: the folder is missing, unfinished or damaged.
     """
     try:
-        index = json.loads((folder / INDEX).read_text())
+        return json.loads((folder / INDEX).read_text())
     except FileNotFoundError:
         what = "is unfinished: it has no data.json" if folder.is_dir() else "does not exist"
         raise ConfigError(f"data folder {folder} {what}.") from None
     except json.JSONDecodeError:
         raise ConfigError(f"{folder / INDEX} is damaged; encode the data again.") from None
-    if index["base_hash"] != base_hash:
-        raise ConfigError(
-            f"data folder {folder} was encoded with base model {index['base_hash'][:12]}, "
-            f"but the run's base model is {base_hash[:12]}; encode it again."
-        )
-    return index
 
 
 class LatentShards:
@@ -144,7 +134,12 @@ class LatentShards:
             ConfigError: the folder is missing, unfinished, truncated, empty, or made for another model.
         """
         folder = Path(folder)
-        index = read_index(folder, base_hash)
+        index = read_index(folder)
+        if index["base_hash"] != base_hash:
+            raise ConfigError(
+                f"data folder {folder} was encoded with base model {index['base_hash'][:12]}, "
+                f"but the run's base model is {base_hash[:12]}; encode it again."
+            )
         self.hash = hashlib.sha256(json.dumps(index["shards"], sort_keys=True).encode()).hexdigest()
         self.text_length = text_length
         self._shards = []
@@ -257,7 +252,12 @@ def open_data(
         progress: show a bar on stderr while encoding.
     """
     folder = Path(config.folder) if config.folder else first(lambda: micro_folder(base, config, progress=progress))
-    index = read_index(folder, base.hash)
+    index = read_index(folder)
     if index.get("format") == FORMAT:
+        if index["encoder_hash"] != base.encoder_hash:
+            raise ConfigError(
+                f"data folder {folder} was made with VAE and text encoder {index['encoder_hash'][:12]}, but those of "
+                f"{base.ref} are {base.encoder_hash[:12]}; make the data with the same ones."
+            )
         return TarShards(folder, index, latent_shape=base.latent_shape, text_length=base.text_length)
     return LatentShards(folder, base_hash=base.hash, latent_shape=base.latent_shape, text_length=base.text_length)

@@ -174,7 +174,7 @@ class TarShards:
     Attributes:
         hash: sha256 that changes with the content.
         negative: the negative prompt's embedding (1, text_length, D); None if the folder has none.
-        broken: damaged samples met so far; each was replaced by another one.
+        broken: how many different damaged samples were met so far; others take their places.
     """
 
     reads_ahead = True
@@ -197,7 +197,7 @@ class TarShards:
                 f"data folder {folder} holds latents {tuple(index['latent_shape'])} and text of length "
                 f"{index['text_length']}, but the base model needs {tuple(latent_shape)} and {text_length}."
             )
-        self.folder, self.latent_shape, self.text_length, self.broken = folder, tuple(latent_shape), text_length, 0
+        self.folder, self.latent_shape, self.text_length = folder, tuple(latent_shape), text_length
         self.hash = hashlib.sha256(json.dumps(index["shards"], sort_keys=True).encode()).hexdigest()
         self._places: list[tuple[str, int, int, int]] = []
         for shard in index["shards"]:
@@ -213,9 +213,14 @@ class TarShards:
         self.negative = self._read_negative()
         self._order = Order(len(self._places))
         self._files: dict[str, int] = {}
+        self._broken: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def broken(self) -> int:
+        return len(self._broken)
 
     def draw(self, seed: int, iteration: int, batch: int, part: slice) -> Batch:
         """Some of the pairs of one iteration's global batch, in epochs without replacement; a damaged sample is
@@ -233,8 +238,9 @@ class TarShards:
             try:
                 return self.read(number)
             except ConfigError as error:
-                self.broken += 1
-                log.warning("%s Another sample takes its place.", error)
+                if number not in self._broken:
+                    log.warning("%s Another sample takes its place.", error)
+                self._broken.add(number)
             number = stream_seed(seed, "instead", position, attempt) % len(self)
         raise ConfigError(f"{ATTEMPTS} samples in a row of {self.folder} are damaged; make the data again.")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def in_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
+def in_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 900) -> list[Any]:
     """Run a function in ``world`` processes with torchrun's environment and give back what each returned.
 
     Raises:

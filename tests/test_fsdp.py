@@ -90,12 +90,12 @@ def test_stage2_sharded_with_recomputation_and_previews(
     out = tmp_path / "run"
     config = make(
         world, out, OFTEN, iterations=4, micro_batch=2, gradient_checkpointing=True, parallel__checkpoint_head=True,
-        preview__every=3, preview__count=2, save_every=1, keep=1, keep_every=2, **SHARDED,
+        preview__every=4, preview__count=1, save_every=1, keep=1, keep_every=2, **SHARDED,
     )  # fmt: skip
     in_ranks(2, run, config)
     check(out, alone["stage2"])
     assert sorted(path.name for path in (out / "state").iterdir()) == ["00000002", "00000004"]
-    assert sorted(path.name for path in (out / "previews").iterdir()) == ["00000003.png", "00000004.png"]
+    assert sorted(path.name for path in (out / "previews").iterdir()) == ["00000004.png"]
     # The state of iteration 2 was written while training went on; from it, one process comes to the same end.
     shutil.rmtree(out / "checkpoint")
     shutil.rmtree(out / "state" / "00000004")
@@ -169,14 +169,11 @@ def test_another_number_of_ranks_needs_the_same_passes(world: dict[str, Any], tm
         in_ranks(2, run, make(world, out, iterations=2, **SHARDED), True)
 
 
-def test_a_killed_rank_and_torchruns_restart(
-    world: dict[str, Any], alone: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_rank_and_torchruns_restart(world: dict[str, Any], alone: dict[str, Path], tmp_path: Path) -> None:
     """torchrun's own agent: rank 1 dies by SIGKILL in iteration 3; all start again and go on from the last state."""
     out, lives = tmp_path / "run", tmp_path / "lives"
     lives.mkdir()
     config = make(world, out, iterations=3, micro_batch=1, save_every=1, **SHARDED)
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
     launch = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, monitor_interval=0.1, start_method="fork",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="killed",

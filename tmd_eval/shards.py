@@ -186,7 +186,7 @@ def _finish(plan: Plan[Any], base: Base) -> dict[str, Any]:
         used = int(negative.ne(0).any(dim=1).nonzero().max()) + 1 if negative.any() else 1
         write_atomic(plan.folder / NEGATIVE, save({"text": negative[:used].contiguous()}))
         index = {
-            "format": FORMAT, "base_hash": base.hash, "source": plan.source,
+            "format": FORMAT, "base_hash": base.hash, "encoder_hash": base.encoder_hash, "source": plan.source,
             "latent_shape": list(base.latent_shape), "text_length": base.text_length,
             "shards": [
                 {"file": f"{i:05d}.tar", "sha256": record["sha256"], "samples": len(record["samples"])}
