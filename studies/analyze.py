@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sqlalchemy import select
 
 from leaderboard.record import record_preferences
 from studies.compare import LARGE, arrays, estimate
@@ -111,6 +112,8 @@ def analyze_study(
             detail = {"command": command, "votes": len(answers)}
             session.add(Audit(study_id=study.id, at=now(), action="analyzed", detail=detail))
             unblinded, simulated = study.unblinded, study.simulated
+            query = select(Audit.detail).where(Audit.study_id == study.id, Audit.action == "simulated")
+            models = [detail["command"] for detail in session.scalars(query)]
     finally:
         database.close()
     analysis = analyze(answers, sealed)
@@ -124,6 +127,7 @@ def analyze_study(
     preferences = {**head, "results": leading}
     extra = {
         "unblinded": None if unblinded is None else unblinded.isoformat(timespec="seconds"),
+        "simulated_by": models,
         "exclusion_rules": asdict(sealed.rules),
         "design": {key: value for key, value in sealed.design.items() if key not in ("exclusions", "prompts")},
     }

@@ -21,6 +21,7 @@ def markdown(preferences: Mapping[str, Any], analysis: Mapping[str, Any]) -> str
     lines = [f"# Preference study {_text(preferences['study'])}", ""]
     if preferences["simulated"]:
         lines += ["**The raters are simulated from a stated model; these are not the preferences of people.**", ""]
+        lines += [*(f"The stated model: `{_text(command)}`" for command in analysis["simulated_by"]), ""]
     lines += [
         f"{preferences['votes']} of {preferences['wanted_votes']} votes, {preferences['raters']} raters kept, "
         f"{preferences['excluded_raters']} left out by the rules fixed before the first vote.",

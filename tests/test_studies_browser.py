@@ -186,8 +186,9 @@ def test_everything_has_a_name_for_screen_readers(browser: Any, served: Served):
     page = visit.page
     for role in ("button", "radio", "progressbar", "group"):
         for node in page.get_by_role(role).all():
+            label = "(n.labels && n.labels[0] && n.labels[0].innerText)"
             name = node.evaluate(
-                "n => n.getAttribute('aria-label') || n.innerText || (n.labels && n.labels[0] && n.labels[0].innerText) "
+                f"n => n.getAttribute('aria-label') || n.innerText || {label} "
                 "|| (n.querySelector('legend') || {}).innerText"
             )
             assert name and name.strip(), node
