@@ -19,7 +19,7 @@ FLAT = (
     0.14  # luminance amplitude of a gradient: below it dark or light (at most 0.06 in the world), above shaded (0.25)
 )
 DARK, LIGHT = 0.36, 0.66  # luminance at the middle: real dark <= 0.30, shaded 0.42 to 0.58, light >= 0.72
-MIN_CONTRAST = 0.12  # of stripes, half of it each side; the world's smallest difference of two stripes is 0.20
+MIN_CONTRAST = 0.12  # of stripes, half of it each side; the smallest difference of two stripes in the world is 0.36
 MIN_GAIN = 0.5  # stripes must leave less than this share of the plane's squared residual
 
 _AXIS = (np.arange(SIZE) + 0.5 - SIZE / 2) / (SIZE / 2)

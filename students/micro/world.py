@@ -199,7 +199,7 @@ def sample_scene(rng: np.random.Generator, attributes: Attributes) -> Scene:
     levels = {
         "dark": (rng.uniform(0.10, 0.30), rng.uniform(0, 0.06)),
         "light": (rng.uniform(0.72, 0.92), rng.uniform(0, 0.06)),
-        "striped": (rng.uniform(0.20, 0.40), rng.uniform(0.60, 0.80)),
+        "striped": (rng.uniform(0.20, 0.32), rng.uniform(0.68, 0.80)),
         "shaded": (rng.uniform(0.42, 0.58), rng.uniform(0.25, 0.40)),
     }[attributes.background]
     tint = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.2), 1.0)
@@ -213,7 +213,7 @@ def sample_scene(rng: np.random.Generator, attributes: Attributes) -> Scene:
         levels=(float(levels[0]), float(levels[1])),
         tint=tint,
         angle=float(rng.integers(2) * np.pi / 2 if attributes.background == "striped" else rng.uniform(0, 2 * np.pi)),
-        period=float(rng.uniform(10, 20)),
+        period=float(rng.uniform(14, 18)),
         phase=float(rng.random()),
     )
 
