@@ -107,7 +107,7 @@ def _tables(matrix: Matrix, headline: Display, frechet: Display | None) -> list[
         budgets: list[str | None] = [budget for budget in matrix.budgets if budget in used]
         for budget in budgets or [None]:  # no student is there yet: the base model alone
             own = [row for row in matrix.rows if section in row.sections and row.budget == budget and row.budget]
-            ablations = any(row.ablation for row in own)
+            ablations = 2 * sum(row.ablation is not None for row in own) > len(own)
             first = section == sections[0]
             rows = _with_baselines(matrix, own) if ablations else [*(base if first else []), *own]
             name = re.sub(r"[^a-z0-9]+", "-", f"{section} {budget or ''}".lower()).strip("-")[:60]

@@ -142,6 +142,19 @@ def test_wrong_keys_types_and_values_are_told_with_their_lines(tmp_path: Path):
     assert any("repeat" in row for row in found)
 
 
+def test_mistakes_of_form_of_names_and_of_settings_are_told_in_one_go(tmp_path: Path):
+    text = SMALL.replace("title: Small", "title: Small\nevaluation: {num_prompt: 3}")
+    text = text.replace("method.rollout: false", "method.rolout: false").replace(
+        "m: 2, ablations: kd}", "m: 2, ablations: x}"
+    )
+    found = problems(write(tmp_path, text))
+    assert [row.partition(": ")[2][:40] for row in found] == [
+        "unknown key evaluation.num_prompt; did y",
+        "unknown key method.rolout; did you mean ",
+        "unknown ablation x; there are no_rollout",
+    ]
+
+
 def test_a_key_given_twice_and_a_file_that_is_no_yaml(tmp_path: Path):
     assert problems(write(tmp_path, SMALL + "title: Again\n"))[0].endswith("title is given twice; keep one.")
     with pytest.raises(ConfigError, match="not valid YAML"):

@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from students.errors import ConfigError, IncompleteError
+from tests.test_json_output import shape
 from tests.tiny import tiny_pipeline
 from tmd_eval.cli import app
 from tmd_eval.experiment import jobs as store
@@ -296,6 +297,40 @@ def test_status_and_report_commands(world: Path, finished: Path, tmp_path: Path)
     )
     assert isinstance(absent.exception, ConfigError) and "holds no experiment yet" in str(absent.exception)
     assert CliRunner().invoke(app, ["experiment", "status", str(world / "experiment.yaml")]).exit_code != 0  # no out
+
+
+def test_json_outputs_are_frozen(world: Path, copy: Path):
+    """Scripts read them; see also tests/test_json_output.py."""
+
+    def call(*words: str) -> Any:
+        file = str(world / "experiment.yaml")
+        result = CliRunner().invoke(app, ["experiment", words[0], file, "--out", str(copy), *words[1:], "--json"])
+        assert result.exit_code == 0, result.output
+        return shape(json.loads(result.stdout))
+
+    claim = {
+        **dict.fromkeys(("claim", "source", "verdict", "metric", "direction", "a", "b", "reason"), "text"),
+        **dict.fromkeys(("effect", "low", "high", "n", "seeds"), "number"),
+        "margin": "null",
+    }
+    assert call("run") == {
+        **{"out": "text", "cells": "number", "jobs": "number", "made": "number", "report": "text"},
+        "claims": [claim],
+    }
+    assert call("report") == {"report": "text", "claims": [claim], "missing": "list"}
+    assert call("status") == {
+        **{"out": "text", "file": "text", "waiting_for_tuning": "list", "cells": {"done": "number"}},
+        **{"jobs": {"done": "number"}, "sections": {"Main": {"done": "number"}}, "seconds_left": "number"},
+        **{
+            "failures": "list",
+            "cell_states": [dict.fromkeys(("cell", "section", "state"), "text") | {"seed": "number"}],
+        },
+    }
+    kinds = dict.fromkeys(("measure", "train", "generate", "score"), "number")
+    assert call("run", "--dry-run") == {
+        **{"out": "text", "cells": "number", "jobs": kinds, "workers": "number", "seconds": "number", "text": "text"},
+        **{"waiting_for_tuning": "list", "sections": {"Main": dict.fromkeys(("cells", "jobs", "seconds"), "number")}},
+    }
 
 
 def test_limit_takes_the_first_cells(world: Path, finished: Path, tmp_path: Path):

@@ -135,7 +135,9 @@ class Resolver:
         tuning, cells = self.experiment.tuning, []
         for name, trials in (tuning.trials if tuning else {}).items():
             assert tuning is not None
-            method = self.experiment.methods[name]
+            method = self.experiment.methods.get(name)
+            if method is None:  # noted as a mistake
+                continue
             for number, changes in enumerate(trials):
                 row = Row(
                     method=name,
@@ -186,10 +188,16 @@ class Resolver:
         prompts: int | None = None, lines: tuple[int, ...] | None = None, samples: int | None = None,
     ) -> list[Cell]:  # fmt: skip
         """The cell, or none where a mistake was noted."""
+        if line in {number for number, _ in self.source.problems}:
+            return []
         try:
             trainings = self._trainings(row, seed, changes, line)
         except ConfigError as error:
             self.source.wrong(line, str(error).removeprefix("--set: "))
+            return []
+        except KeyError:  # a name that leads nowhere, noted where it is given
+            if not self.source.problems:
+                raise
             return []
         return [self._evaluated(row, seed, trainings, section, prompts=prompts, lines=lines, samples=samples)]
 
@@ -334,7 +342,7 @@ def rows_of(experiment: Experiment, section: Section) -> Iterator[tuple[Row, int
 
 
 def _block_rows(block: Block, methods: Mapping[str, Method]) -> Iterator[Row]:
-    for method in block.methods:
+    for method in (name for name in block.methods if name in methods):
         for m in block.m:
             for n in block.n or (None,):
                 for h in block.h or (None,):

@@ -18,6 +18,7 @@ from students.settings import coerce, flatten
 T = TypeVar("T")
 Place = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
+WRONG = object()  # stands for a value that was noted as wrong
 
 
 @dataclass(kw_only=True)
@@ -99,7 +100,10 @@ def _plain(source: Source, loader: yaml.SafeLoader, node: yaml.Node, place: Plac
 
 
 def read(cls: type[T], source: Source, value: Any = None, place: Place = ()) -> T | None:
-    """The dataclass that a part of the file describes; mistakes go to the source, and then the result may be None.
+    """The dataclass that a part of the file describes, None where that is hopeless; mistakes go to the source.
+
+    Unknown keys and wrong values of optional fields are left out after they are noted, so that what can be said of the
+    rest is said in the same go.
 
     A field called ``line`` gets the line of the part. A tuple field also takes a single value. A field of type
     ``dict[str, Any]`` takes free settings, which are flattened to dotted names.
@@ -117,19 +121,25 @@ def read(cls: type[T], source: Source, value: Any = None, place: Place = ()) -> 
         return None
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.name != "line"}
     hints = get_type_hints(cls)
-    before = len(source.problems)
     for key in value:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}."
             source.wrong(source.line((*place, key)), f"unknown key {_name((*place, key))}; {hint}")
     parts: dict[str, Any] = {}
+    hopeless = False
     for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name in value:
-            parts[name] = _value(source, value[name], hints[name], (*place, name))
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            part = _value(source, value[name], hints[name], (*place, name))
+            if part is not WRONG:
+                parts[name] = part
+            elif required:
+                hopeless = True
+        elif required:
             source.wrong(line, f"{_name((*place, name))} is missing.")
-    if len(source.problems) > before:
+            hopeless = True
+    if hopeless:
         return None
     if "line" in hints:
         parts["line"] = line
@@ -148,22 +158,25 @@ def _value(source: Source, value: Any, hint: Any, place: Place) -> Any:
         (hint,) = (a for a in arguments if a is not type(None))
         return _value(source, value, hint, place)
     if dataclasses.is_dataclass(hint):
-        return read(cast(Any, hint), source, value, place)
+        part = read(cast(Any, hint), source, value, place)
+        return WRONG if part is None else part
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
-        return tuple(_value(source, item, arguments[0], (*place, i)) for i, item in enumerate(items))
+        parts = [_value(source, item, arguments[0], (*place, i)) for i, item in enumerate(items)]
+        return tuple(part for part in parts if part is not WRONG)
     if origin is dict:
         if not isinstance(value, Mapping):
             source.wrong(source.line(place), f"{_name(place)} must hold `name: value` pairs, not {value!r}.")
-            return {}
+            return WRONG
         if arguments[1] is Any:
             return flatten(value)
-        return {key: _value(source, item, arguments[1], (*place, key)) for key, item in value.items()}
+        found = {key: _value(source, item, arguments[1], (*place, key)) for key, item in value.items()}
+        return {key: part for key, part in found.items() if part is not WRONG}
     try:
         return coerce(value, hint, _name(place), "")
     except ConfigError as error:
         source.wrong(source.line(place), str(error).removeprefix(": "))
-        return None
+        return WRONG
 
 
 def _name(place: Place) -> str:

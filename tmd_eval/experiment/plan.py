@@ -56,8 +56,10 @@ def load(path: Path, out: Path) -> Loaded:
     base = load_base(experiment.base)
     resolver = Resolver(experiment, source, blocks=base.blocks, base_hash=base.hash)
     trials = resolver.trials()
-    chosen = choose(experiment.tuning, read_trials(out, trials)) if experiment.tuning else {}
-    first = {name: options[0] for name, options in (experiment.tuning.trials if experiment.tuning else {}).items()}
+    sound = experiment.tuning is not None and not source.problems
+    chosen = choose(experiment.tuning, read_trials(out, trials)) if experiment.tuning and sound else {}
+    trials_of = experiment.tuning.trials if experiment.tuning else {}
+    first = {name: options[0] for name, options in trials_of.items() if options}
     cells = resolver.matrix(first | chosen)
     rows = dict.fromkeys(cell.row for cell in cells)
     if not source.problems:  # a row that could not be resolved would be missed by the claims, too
@@ -67,10 +69,11 @@ def load(path: Path, out: Path) -> Loaded:
                     find(selector, rows, experiment)
                 except ConfigError as error:
                     source.wrong(selector.line, str(error))
-    most = max((cell.prompts for cell in (*trials, *cells)), default=0)
-    there = len(load_prompts(experiment.evaluation.prompts, count=None).prompts)
-    if experiment.evaluation.prompts != "micro" and most > there:
-        source.wrong(source.line(("evaluation",)), f"{most} prompts are needed, but there are {there}.")
+    if experiment.evaluation.prompts != "micro":  # which says itself when it has too few
+        most = max((cell.prompts for cell in (*trials, *cells)), default=0)
+        there = len(load_prompts(experiment.evaluation.prompts).prompts)
+        if most > there:
+            source.wrong(source.line(("evaluation",)), f"{most} prompts are needed, but there are {there}.")
     source.check()
     return Loaded(
         experiment=experiment, source=source, base=base, trials=trials, cells=cells,

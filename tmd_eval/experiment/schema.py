@@ -293,17 +293,17 @@ class Experiment:
 
 
 def load_experiment(path: Path) -> tuple[Experiment, Source]:
-    """Read an experiment file and check all that can be checked without loading a model.
+    """Read an experiment file and note all mistakes that show without a model; the caller raises them (``check``).
 
     Raises:
-        ConfigError: every mistake, each with its line.
+        ConfigError: mistakes that leave nothing to go on with, each with its line.
     """
     source = load(path)
     experiment = read(Experiment, source)
-    if experiment is not None:
-        _check(experiment, source)
-    source.check()
+    if experiment is None:
+        source.check()
     assert experiment is not None
+    _check(experiment, source)
     return experiment, source
 
 
