@@ -110,7 +110,7 @@ def create_study(plan: Plan, out: Path, db: str | None, *, command: str, progres
     try:
         with database.reading() as session:
             taken = session.scalars(select(Study.schedule_hash).where(Study.name == design.name)).one_or_none()
-        known = read_json(out / "study.json", "a study")["schedule_hash"] if (out / "study.json").exists() else None
+        known = read_json(out / "study.json", "study")["schedule_hash"] if (out / "study.json").exists() else None
         if taken is not None and taken != known:
             raise StudyError(f"{database.shown} has a study {design.name!r} already; choose another --name.")
         sources = {clip: _source(plan, clip) for clip in plan.clips}
@@ -160,7 +160,7 @@ def _keys(out: Path) -> dict[str, str]:
     path = out / "secret.json"
     if not path.exists():
         write_json(path, {key: secrets.token_hex(32) for key in ("clips", "raters", "cookies", "admin")}, private=True)
-    return dict(read_json(path, "the study's keys"))
+    return dict(read_json(path, "keys of the study"))
 
 
 def _name(key: str, clip: ClipRef, shape: str) -> str:

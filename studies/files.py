@@ -65,4 +65,4 @@ def read_json(path: Path, what: str) -> Any:
     except FileNotFoundError as error:
         raise StudyError(f"No {what} at {path}; give the folder that `tmd-eval study create` wrote.") from error
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path} is not {what} ({error}); restore it from a copy.") from error
+        raise StudyError(f"{path} is not the {what} it should be ({error}); restore it from a copy.") from error

@@ -88,8 +88,8 @@ def open_folder(path: Path) -> StudyFolder:
     Raises:
         StudyError: it is no study, or a file was edited into something else.
     """
-    content = read_json(path / "study.json", "a study")
-    keys = read_json(path / "secret.json", "the study's keys")
+    content = read_json(path / "study.json", "study")
+    keys = read_json(path / "secret.json", "keys of the study")
     try:
         serving = _serving(content["serving"])
         return StudyFolder(

@@ -99,7 +99,7 @@ def read_sealed(folder: Path, study: Study) -> Sealed:
     Raises:
         StudyError: the file is missing or is not what was hashed.
     """
-    content = read_json(folder / "sealed.json", "the sealed schedule")
+    content = read_json(folder / "sealed.json", "sealed schedule")
     hashed = {key: content[key] for key in ("design", "sheets", "clips")}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     if digest != study.schedule_hash:

@@ -1,0 +1,90 @@
+"""The commands of ``tmd-eval study``: the whole road, frozen JSON keys, and errors of one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.studykit import make_set, prompts
+from tmd_eval.cli import app
+
+KEYS = {
+    "create": "clips database folder prompts raters schedule_hash study trials_per_rater votes",
+    "simulate": "raters study votes",
+    "status": "audit quality raters schedule_hash sheets simulated study unblinded votes",
+    "unblind": "study unblinded votes wanted",
+    "analyze": (
+        "code_revision command created excluded_raters models raters results schedule_hash simulated study votes "
+        "wanted_votes"
+    ),
+    "results": "a b high low method n_prompts n_raters n_votes p_holm p_value question ties value wins_a wins_b",
+    "export": "blind files rows",
+    "power": (
+        "design_effect detectable independent item level prompt prompts rater raters rows seed seeds side simulations "
+        "test votes votes_per_item"
+    ),
+}
+"""Keys of each command's ``--json``; users' scripts rely on them."""
+
+
+def call(*words: str) -> Any:
+    result = CliRunner().invoke(app, ["study", *words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout) if "--json" in words else result.stdout
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sets")
+    for shade, name in enumerate("ab"):
+        make_set(folder / name, prompts(4), seeds=1, shade=shade, frames=2)
+    return folder
+
+
+def test_the_whole_road(sets: Path, tmp_path: Path):
+    study, db = str(tmp_path / "first"), ("--db", str(tmp_path / "v.db"))
+    create = (
+        "create", "--videos", f"a={sets / 'a'}", "--videos", f"b={sets / 'b'}", "--out", study, "--num-prompts", "4",
+        "--seeds", "1", "--votes-per-item", "3", "--trials-per-rater", "4", "--catch-share", "0.25", *db, "--json",
+    )  # fmt: skip
+    planned = call(*create, "--dry-run")
+    assert planned["votes"] == 12 and not (tmp_path / "first").exists()
+    found = {"create": call(*create), "simulate": call("simulate", study, "--quality", "a=1", *db, "--json")}
+    found["status"] = call("status", study, *db, "--json")
+    assert found["status"]["votes"]["main"] == 12 and found["status"]["unblinded"] is None
+    assert "votes: main 12" in call("status", study, *db)
+    blind = CliRunner().invoke(app, ["study", "analyze", study, *db])
+    assert blind.exit_code != 0 and "study unblind" in str(blind.exception)
+    found["unblind"] = call("unblind", study, "--reason", "test", *db, "--json")
+    found["analyze"] = call("analyze", study, "--out", str(tmp_path / "out"), *db, "--json")
+    found["results"] = found["analyze"]["results"][0]
+    assert found["analyze"] == json.loads((tmp_path / "out" / "preferences.json").read_text())
+    shown = call("analyze", study, *db)
+    assert shown.startswith("SIMULATED") and "visual quality: a over b" in shown
+    found["export"] = call("export", study, "--out", str(tmp_path / "votes"), *db, "--json")
+    found["power"] = call("power", "--num-prompts", "10", "--raters", "5", "--simulations", "50", "--json")
+    assert found["power"]["test"] == "prompt-level permutation"
+    assert {name: sorted(value) for name, value in found.items()} == {
+        name: sorted(keys.split()) for name, keys in KEYS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["create", "--videos", "a", "--out", "x"], "NAME=DIR"),
+        (["create", "--videos", "a=absent", "--videos", "b=absent", "--out", "x"], "No video set"),
+        (["status", "absent"], "No study at"),
+        (["power", "--raters", "1"], "raters must be at least 2"),
+        (["simulate", "absent", "--quality", "a"], "MODEL=LOGODDS"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["study", *words])
+    assert getattr(result.exception, "exit_code", None) == 2 and sentence in str(result.exception)
+    assert "\n" not in str(result.exception) and not any(tmp_path.iterdir())
