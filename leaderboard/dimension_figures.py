@@ -127,7 +127,7 @@ def preferences(rows: Sequence[Preference], *, name: str) -> Figure | None:
         question: STYLES[key][1] for question, key in zip(questions, ("tmd", "dmd2-v", "rcm", "kd"), strict=False)
     }
     simulated = any(row.simulated for row in rows)
-    with canvas(6.4, 1.0 + 0.42 * len(rows)) as drawing:
+    with canvas(6.4, 1.0 + 0.5 * len(rows)) as drawing:
         axes = drawing.add_subplot()
         for place, row in enumerate(rows):
             color = colors.get(row.question, MUTED)
@@ -136,7 +136,9 @@ def preferences(rows: Sequence[Preference], *, name: str) -> Figure | None:
                 axes.plot([100 * row.low, 100 * row.high], [place, place], color=color, linewidth=2)
             axes.plot([100 * row.value], [place], marker="o", color=color, markersize=6)
         axes.axvline(50, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(rows)), [_short(f"{row.a} over {row.b}: {row.question}") for row in rows], fontsize=9)
+        axes.set_yticks(
+            range(len(rows)), [f"{_short(f'{row.a} over {row.b}')}\n{_short(row.question)}" for row in rows], fontsize=9
+        )
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel("Share of votes, %" + (" (simulated raters)" if simulated else ""))
@@ -157,4 +159,4 @@ def preferences(rows: Sequence[Preference], *, name: str) -> Figure | None:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 56 else f"{text[:55]}\u2026"
+    return text if len(text) <= 48 else f"{text[:47]}\u2026"

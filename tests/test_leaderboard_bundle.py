@@ -19,7 +19,7 @@ from leaderboard.models import Thumbnail, VideoScore
 from leaderboard.query import load, show
 from leaderboard.record import record_run
 from leaderboard.site import build_site
-from tests.test_leaderboard import STUDENT, TEACHER, make_run
+from tests.test_leaderboard import STUDENT, TEACHER, edit, make_run
 from tests.test_leaderboard_record import rows
 from tests.test_leaderboard_site import check_folder, make_board
 from tmd_eval.cli import app
@@ -45,7 +45,9 @@ def plain(db: str) -> list[dict[str, Any]]:
 
 def test_two_labs_join_their_boards(board: str, bundle: Path, tmp_path: Path) -> None:
     db = str(tmp_path / "theirs.db")
-    record_run(db, make_run(tmp_path, STUDENT, prompts=1))
+    mine_alone = make_run(tmp_path, STUDENT, prompts=1)
+    edit(mine_alone / "config.yaml", seed=9)
+    record_run(db, mine_alone)
     assert import_bundle(db, bundle) == {"added": 81, "unchanged": 0, "kept": 0}
     assert import_bundle(db, bundle) == {"added": 0, "unchanged": 81, "kept": 0}
     assert [row for row in plain(db) if row["prompts_count"] != 1] == plain(board)
@@ -126,7 +128,7 @@ def metric(name: str, **values: Any) -> Callable[[dict[str, bytes]], None]:
         (metric("frechet", low=9.0, high=1.0), True, "ends are swapped"),
         (rows_changed(lambda c: c["results"][0]["metrics"].update(scen=c["results"][0]["metrics"]["frechet"])), True,
          "no dimension 'scen'; did you mean 'scene'"),
-        (rows_changed(lambda c: c["results"][0].update(effective_nfe=1.0)), True, "is not that of its content"),
+        (rows_changed(lambda c: c["results"][0].update(guidance=7.0)), True, "is not that of its content"),
         (rows_changed(lambda c: c["results"][0].update(m="2")), True, "m is '2', which is no int"),
         (rows_changed(lambda c: c["results"][0].update(seconds_per_video=-3)), True, "seconds_per_video is -3.0"),
         (rows_changed(lambda c: c["results"][0].pop("device")), True, "lacks 'device'"),
