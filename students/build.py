@@ -76,6 +76,8 @@ def build_parts(config: TrainConfig, ranks: Ranks, *, progress: bool = True) -> 
         if low:
             store_low(teacher)
         layout.place(teacher, low=low)
+    elif not layout.sharded:
+        base.transformer.to("cpu")  # stage 1 needs it no more
     return Parts(base=base, data=data, student=student, method=method, layout=layout, parent=parent)
 
 

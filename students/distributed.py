@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from students.errors import ConfigError, EnvironmentMissingError, TmdError
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)
+"""How long ranks wait for one that encodes data or writes a checkpoint; torchrun sees a dead one at once."""
 
 
 class Ranks:
@@ -57,7 +60,9 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=_fresh_store(), rank=self.rank, world_size=self.world)
+            dist.init_process_group(
+                backend, store=_fresh_store(), rank=self.rank, world_size=self.world, timeout=PATIENCE
+            )
             self._opened = True
         return self
 
@@ -79,12 +84,13 @@ class Ranks:
         return name if self.world == 1 else f"{self.world} x {name}"
 
     def first(self, make: Callable[[], T]) -> T:
-        """Run ``make`` on the main rank, then on the others, which find its files there."""
-        if self.world == 1:
-            return make()
-        result = make() if self.main else None
-        dist.barrier()
-        return result if self.main else make()  # type: ignore[return-value]
+        """Run ``make`` on the main rank, then on the others, which find its files there.
+
+        Raises:
+            TmdError: it failed on the main rank, whose message tells why.
+        """
+        result = self.agree(lambda: make() if self.main else None)
+        return make() if result is None else result
 
     def agree(self, make: Callable[[], T]) -> T:
         """Run ``make`` on every rank; where it fails on one, all ranks stop instead of waiting for it.

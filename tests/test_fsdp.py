@@ -133,7 +133,7 @@ def test_hybrid_sharding(world: dict[str, Any], alone: dict[str, Path], tmp_path
     check(tmp_path / "run", alone["stage1"])
 
 
-@pytest.mark.parametrize("shard", ["none", "fsdp"])
+@pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "fsdp"])
 def test_ranks_share_the_tokens_of_a_sample(
     world: dict[str, Any], alone: dict[str, Path], tmp_path: Path, shard: str
 ) -> None:
