@@ -4,9 +4,10 @@
 |---|---|
 | design, schedule | the plan: pairs, prompts, seeds, sides, catch trials; pure, seeded, hashed |
 | video_sets, clips, create | from video sets to a study folder and its rows in the database |
-| models, database, ballots, votes, audit | raters, leases, votes, withdrawal, the audit log |
-| app, page, texts | the FastAPI routes and the page in Gradio |
-| logit, permutation, bootstrap, agreement | pure statistics |
-| analyze, report, figure, export | results, figure, Markdown, CSV, Parquet, preferences.json |
-| simulate, power | raters from a stated model, and what a design can detect |
+| models, database, ballots, votes, unblind | raters, leases, votes, withdrawal, the audit log |
+| app, guard, identity, page, texts, status | the FastAPI routes and the page in Gradio |
+| logit, wins | pure statistics |
+| tally, compare, ranking, analyze | unblinded votes, one pair, all models, the whole study |
+| report, html, figure, export | Markdown, page, figure, CSV, Parquet, preferences.json |
+| simulate, rehearse, power | raters from a stated model, and what a design can detect |
 """

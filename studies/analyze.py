@@ -82,7 +82,7 @@ def analyze_study(
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     record: bool = True,
 ) -> dict[str, Any]:
-    """Analyse an unblinded study and write preferences.json, analysis.json, report.md and the figure.
+    """Analyse an unblinded study and write preferences.json, analysis.json, report.md, index.html and the figure.
 
     Args:
         folder: the study's folder.
@@ -101,6 +101,7 @@ def analyze_study(
         NotEnoughVotesError: nothing to analyse.
     """
     from studies.figure import draw
+    from studies.html import page
     from studies.report import markdown
 
     database = Database(db)
@@ -136,7 +137,9 @@ def analyze_study(
     write_json(out / "analysis.json", {**head, **extra, **{k: v for k, v in analysis.items() if k not in head}})
     for ending, data in draw(preferences).items():
         write_atomic(out / f"preferences.{ending}", data)
-    write_atomic(out / "report.md", markdown(preferences, {**analysis, **extra}))
+    text = markdown(preferences, {**analysis, **extra})
+    write_atomic(out / "report.md", text)
+    write_atomic(out / "index.html", page(text, title=f"Preference study {folder.name}"))
     if record:
         record_preferences(db, out / "preferences.json")
     return preferences

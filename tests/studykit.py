@@ -97,7 +97,8 @@ class Served:
 
     def wait(self) -> None:
         assert self.process is not None
-        for _ in range(600):
+        end = time.monotonic() + 300  # gradio takes seconds to import, and many more on a busy machine
+        while time.monotonic() < end:
             if self.process.poll() is not None:
                 assert self.process.stderr is not None
                 raise RuntimeError(self.process.stderr.read().decode())

@@ -432,8 +432,10 @@ def test_blind_until_unblinded(site: Site, tmp_path: Path):
         )  # all said left for quality, right for alignment
         assert (row["a"], row["b"], row["wins_a"]) == (*MODELS[:2], expected)
         assert row["n_votes"] == site.folder.votes and row["value"] == 0.5
-    for name in ("preferences.json", "analysis.json", "report.md", "preferences.svg", "preferences.png"):
+    for name in ("preferences.json", "analysis.json", "report.md", "index.html", "preferences.svg", "preferences.png"):
         assert (tmp_path / "out" / name).stat().st_size
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert MODELS[0] in html and "http" not in html.replace("https://example", "") and "<script" not in html
     open_export = export_study(site.folder, site.db, tmp_path / "open", backup=True, **args)
     import pandas as pd
 
