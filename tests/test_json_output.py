@@ -35,6 +35,11 @@ def outputs(folder: Path) -> dict[str, Any]:
         "doctor": call("doctor", "--json"),
         "nfe": call("nfe", "--m", "2", "--n", "2", "--h", "5", "--blocks", "30", "--json"),
         "nfe --ckpt --measure": call("nfe", "--ckpt", "micro", "--m", "1", "--measure", "--json"),
+        "ckpt inspect": call("ckpt", "inspect", "micro", "--json"),
+        "latency": call(
+            "latency", "--ckpt", "micro", "--teacher-m", "1", "--repeats", "1", "--warmup", "0", "--out",
+            str(folder / "latency"), *db, "--json",
+        ),
         "generate": call(
             "generate", "--ckpt", "micro", "--prompts", "micro", "--num-prompts", "1", "--m", "1", "--out",
             str(folder / "other"), "--json",
