@@ -25,7 +25,8 @@ MODELS = ("secret-alpha", "secret-beta", "secret-gamma")
 
 
 def prompts(count: int) -> list[str]:
-    return [f"a {color} square number {number} moves" for number in range(count) for color in ("blue",)]
+    """Prompts, the first of them hostile."""
+    return ['<img src=x onerror=alert(1)> & "moves"', *(f"a blue square number {i} moves" for i in range(1, count))]
 
 
 def make_set(

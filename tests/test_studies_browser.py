@@ -54,6 +54,7 @@ class Visit:
         self.problems: list[str] = []
         self.served, self.name = served, name
         self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("dialog", lambda dialog: self.problems.append(f"dialog {dialog.message}"))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("console", lambda line: self.problems.append(line.text) if line.type == "error" else None)
 
@@ -96,8 +97,7 @@ def test_a_whole_study_by_keyboard(browser: Any, served: Served):
     )
     page.keyboard.press("1")
     assert page.locator("#study input[type=radio]:checked").count() == 0, "locked until both clips were watched"
-    first = page.inner_text(".prompt")
-    screens, trials, drift = [], 0, []
+    screens, trials, drift, shown = [], 0, [], set()
     while True:
         page.wait_for_selector("#study h1, #study input[type=radio]:enabled")
         if page.locator("#study h1").count():
@@ -130,13 +130,15 @@ def test_a_whole_study_by_keyboard(browser: Any, served: Served):
             page.keyboard.press("1")
             page.keyboard.press("0")
         before = page.inner_text(".prompt")
+        shown.add(before)
         page.keyboard.press("Enter")
         page.wait_for_function(
             "before => document.querySelector('#study h1') || document.querySelector('.prompt').innerText !== before "
             "|| document.querySelectorAll('#study input[type=radio]:enabled').length === 0", arg=before,
         )  # fmt: skip
         trials += 1
-    assert first and trials == 6 and visit.votes() == 6
+    assert trials == 6 and visit.votes() == 6
+    assert all("blue square" in text or "<img src=x onerror=alert(1)>" in text for text in shown), "prompts are text"
     assert screens == ["Practice", "Practice", "Time for a short break?", "Thank you!"]
     assert page.inner_text(".code") == "C0DE-1"
     assert sorted(drift)[len(drift) // 2] <= 1 / 8, "clips run together, to a frame"

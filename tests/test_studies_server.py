@@ -35,6 +35,7 @@ from studies.rehearse import Model, rehearse
 from studies.serving import Serving, open_folder
 from studies.simulate import Effects
 from studies.unblind import unblind_study
+from studies.votes import Refused, read_ballot
 from tests.studykit import MODELS, make_set, make_study, prompts
 
 EVIL = '<img src=x onerror=alert(1)> & "quotes" ../../etc/passwd'
@@ -207,6 +208,12 @@ def test_malformed_votes_are_refused(site: Site):
     assert client.post(url, content="{", headers={"content-type": "application/json"}).status_code == 422
     assert client.post(url, content="{}", headers={"content-type": "text/plain"}).status_code == 415
     assert not site.rows(Vote)
+
+
+def test_ties_only_where_they_are_offered():
+    assert read_ballot(ballot(quality="tie"), allow_ties=True).answers == ("tie", "right")
+    with pytest.raises(Refused):
+        read_ballot(ballot(quality="tie"), allow_ties=False)
 
 
 def test_oversized_requests_and_closed_doors(site: Site):
