@@ -19,7 +19,7 @@ from students.method import Cost, MethodKind, Shape
 from students.nfe import check_h
 from students.parallel import ParallelConfig
 from students.preview import PreviewConfig
-from students.registry import METHODS, kind_name, method_kind
+from students.registry import METHODS, kind_name, method_kind, own_code
 from students.settings import Layer, build, environment_layer, flag_layer, merge, to_tree, yaml_layers
 from students.tmd import FUSIONS, TARGETS
 
@@ -211,7 +211,8 @@ class TrainConfig:
     def tree(self) -> dict[str, Any]:
         """Nested plain values, complete: :func:`load_config` reads them back from YAML."""
         tree = to_tree(self)
-        tree["method"] = {"name": self.method_name, **tree["method"]}
+        code = own_code(self.method_name)  # a changed file is another method: no resuming, no re-use of its jobs
+        tree["method"] = {"name": self.method_name, **({"code": code} if code else {}), **tree["method"]}
         if not self.kind.flow_head:
             del tree["student"]
         return tree
@@ -248,6 +249,8 @@ def resolve(layers: Iterable[Layer]) -> TrainConfig:
         kind = method_kind(str(name))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+    if own_code(str(name)):
+        settings.pop("method.code", None)  # written by tree(), for comparison only
     for key, (_, origin) in settings.items():  # a shared parent file may shape flow heads, a flag means this run
         if key.startswith("student.") and origin == "--set" and not kind.flow_head:
             raise ConfigError(f"--set {key}: a student of {name} has no flow head; leave the setting out.")

@@ -142,8 +142,8 @@ class RCMConfig:
     guidance: float = 5.0
     """Guidance scale w of the teacher in all losses; 1 means none."""
     derivative: Literal["exact", "semi", "finite"] = "exact"
-    """dF/dt by forward-mode AD (plain attention: much memory at full size), in x only, or by differences. Differences
-    run outside autocast, but FSDP gathers bf16 blocks in bf16 runs, which drowns them: shard in fp32."""
+    """dF/dt by forward-mode AD (plain attention: much memory at full size, and not with sharding), in x only, or by
+    differences."""
     step: float = 1e-4
     """h of the differences, in TrigFlow time."""
     tangent_warmup: int = 1000

@@ -24,6 +24,7 @@ METHODS: dict[str, MethodKind] = {
 }
 """Name in ``method.name`` to the kind of method."""
 _OWN: dict[str, MethodKind] = {}
+_CODE: dict[str, str] = {}
 
 
 def method_kind(name: str) -> MethodKind:
@@ -45,14 +46,20 @@ def method_kind(name: str) -> MethodKind:
         raise ConfigError(
             f"method.name is {name!r}; choose one of {', '.join(METHODS)}, or FILE.py:NAME for a method of your own."
         )
-    kind = getattr(_run(Path(file), name), attribute, None)
+    module, code = _run(Path(file), name)
+    kind = getattr(module, attribute, None)
     if not isinstance(kind, MethodKind):
         raise ConfigError(f"{file} has no MethodKind called {attribute}; see docs/your-own-student.md.")
-    _OWN[name] = kind
+    _OWN[name], _CODE[name] = kind, code
     return kind
 
 
-def _run(path: Path, name: str) -> object:
+def own_code(name: str) -> str | None:
+    """Hash of the file of a method of your own, as it was when it was loaded; None for a shipped method."""
+    return _CODE.get(name)
+
+
+def _run(path: Path, name: str) -> tuple[object, str]:
     if not path.is_file():
         raise ConfigError(f"method.name is {name!r}, but there is no file {path}; give its path from here.")
     unique = f"own_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
@@ -65,7 +72,7 @@ def _run(path: Path, name: str) -> object:
     except BaseException:
         del sys.modules[unique]
         raise
-    return module
+    return module, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def kind_name(settings: object) -> str:

@@ -227,8 +227,8 @@ def test_wan_examples_are_table_7() -> None:
     }  # fmt: skip
     for name, config in rows.items():
         optimiser, method = config.optimiser, config.method
-        assert (config.batch, optimiser.weight_decay, optimiser.eps) == (64, 0.01, 1e-8)
-        assert config.precision == ("fp32" if name == "wan14b_rcm" else "bf16")
+        assert (config.batch, config.precision, optimiser.weight_decay, optimiser.eps) == (64, "bf16", 0.01, 1e-8)
+        assert config.parallel.shard == ("fsdp" if "14b" in name else "none")
         if "rcm" in name:
             assert optimiser.betas == (0, 0.999) and optimiser.clip is None and optimiser.warmup == 100
             assert optimiser.rate("fake_score") == (1e-7 if "14b" in name else 4e-7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from students.data import write_index, write_shard
 from students.errors import ConfigError
 from students.method import Cost
 from students.registry import METHODS, method_kind
-from students.settings import Layer
+from students.run_folder import prepare
+from students.settings import Layer, flatten
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +133,23 @@ def test_broken_methods_are_caught(
     monkeypatch.setitem(registry.METHODS, "broken", kind)
     with pytest.raises(ContractError, match=message):
         list(check_contract(make(world, "broken", {"steps": 6, "guidance": 1.0})))
+
+
+def test_a_changed_file_is_another_method(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(shutil.copy(ROOT / "examples" / "discrete_consistency.py", tmp_path / "own.py"))
+    settings = {**world, "method.name": f"{file}:KIND", "out": str(tmp_path / "run")}
+    before = resolve([Layer("test", settings)]).tree()
+    prepare(tmp_path / "run", resolve([Layer("tree", flatten(before))]), resume=False)
+    prepare(tmp_path / "run", resolve([Layer("test", settings)]), resume=True)
+    file.write_text(file.read_text() + "# changed\n")
+    monkeypatch.setattr(registry, "_OWN", {})  # as in a new process
+    monkeypatch.setattr(registry, "_CODE", {})
+    changed = resolve([Layer("test", settings)])
+    assert changed.tree()["method"]["code"] != before["method"]["code"]
+    with pytest.raises(ConfigError, match=r"cannot resume .* its run has method\.code"):
+        prepare(tmp_path / "run", changed, resume=True)
 
 
 @pytest.mark.parametrize(
