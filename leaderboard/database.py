@@ -18,7 +18,14 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    IntegrityError,
+    NoSuchModuleError,
+    ProgrammingError,
+)
 from sqlalchemy.orm import Session
 
 from leaderboard.errors import LeaderboardError
@@ -143,11 +150,26 @@ def open_engine(db: str | None = None) -> Engine:
 
 
 @contextmanager
+def _said_plainly(engine: Engine) -> Iterator[None]:
+    """A damaged, locked or full database as one sentence; errors of our own making stay what they are."""
+    try:
+        yield
+    except DatabaseError as error:
+        if isinstance(error, IntegrityError | ProgrammingError | DataError):
+            raise
+        shown = engine.url.render_as_string(hide_password=True)
+        raise LeaderboardError(
+            f"Cannot use the database {shown}: {error.orig}. Nothing was changed; if it is damaged, restore a copy, or "
+            "name another with --db."
+        ) from error
+
+
+@contextmanager
 def reading(db: str | None = None) -> Iterator[Session]:
     """A session that only reads; its objects stay usable after it is closed."""
     engine = open_engine(db)
     try:
-        with Session(engine, expire_on_commit=False) as session:
+        with _said_plainly(engine), Session(engine, expire_on_commit=False) as session:
             yield session
     finally:
         engine.dispose()
@@ -158,7 +180,8 @@ def writing(db: str | None = None) -> Iterator[Session]:
     """A session in one writing transaction: committed at the end, rolled back on any exception."""
     engine = open_engine(db)
     try:
-        with Session(engine.execution_options(**{WRITE: True}), expire_on_commit=False) as session, session.begin():
+        writer = engine.execution_options(**{WRITE: True})
+        with _said_plainly(engine), Session(writer, expire_on_commit=False) as session, session.begin():
             yield session
     finally:
         engine.dispose()

@@ -177,3 +177,17 @@ def test_every_field_of_the_schema_is_documented() -> None:
         section = text.split(f"### `{table.name}`")[1].split("### `")[0]
         documented = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")][1:]
         assert sorted(documented) == sorted(column.name for column in table.columns)
+
+
+def test_a_damaged_database_is_one_sentence(tmp_path: Path) -> None:
+    db = tmp_path / "r.db"
+    record_run(str(db), make_run(tmp_path, TEACHER, prompts=1))
+    with sqlite3.connect(db) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'results'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    content = bytearray(db.read_bytes())
+    content[(page - 1) * size : page * size] = b"\xff" * size
+    db.write_bytes(content)
+    with pytest.raises(LeaderboardError, match=r"Cannot use the database .*r\.db: .*malformed"):
+        load(str(db))

@@ -84,7 +84,9 @@ def make_board(root: Path, *, hostile: bool = False) -> str:
     weights = next(row.checkpoint_hash for row in load(db) if row.name.startswith(STUDENT))
     timing = {**TIMING, "checkpoint_hash": weights, "name": HOSTILE if hostile else STUDENT}
     record_latency(db, write(root / "latency.json", {**HEAD, "rows": [timing, {**timing, "batch": 4}]}))
-    record_preferences(db, write(root / "preferences.json", {**STUDY, "study": HOSTILE if hostile else "pilot"}))
+    models = [{"name": STUDENT, "checkpoint_hash": weights}, {"name": TEACHER, "checkpoint_hash": None}]
+    study = {**STUDY, "study": HOSTILE if hostile else "pilot", "models": models}
+    record_preferences(db, write(root / "preferences.json", study))
     claims = [CLAIM, {**CLAIM, "claim": HOSTILE if hostile else "gated fusion helps", "verdict": "holds"}]
     record_claims(db, write(root / "matrix" / "report.json", {**HEAD, "rows": [], "claims": claims}).parent)
     import_published(db)
