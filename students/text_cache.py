@@ -5,6 +5,7 @@ Wan's text encoder has 5.7 billion parameters; with all captions of a set here i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 from pathlib import Path
@@ -46,7 +47,8 @@ class TextCache:
             save_file({"text": rows}, temporary)
             temporary.replace(self._path(prompt))
         except (OSError, SafetensorError):
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _path(self, prompt: str) -> Path:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"

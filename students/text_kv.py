@@ -59,9 +59,13 @@ def text_once(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """While open, the cross-attention of these Wan blocks projects each text once; without gradients only.
 
     Args:
-        blocks: Wan blocks; others, and text-to-video blocks with another processor than Wan's own, are left alone.
+        blocks: Wan blocks; compiled ones, and those with another processor than Wan's own, are left alone.
     """
-    crossings: list[Any] = [getattr(block, "attn2", None) for block in blocks]
+    crossings: list[Any] = [
+        getattr(block, "attn2", None)
+        for block in blocks
+        if getattr(block, "_compiled_call_impl", None) is None  # a compiled block would compile anew for each text
+    ]
     changed = [
         (cross, cross.processor) for cross in crossings if type(getattr(cross, "processor", None)) is WanAttnProcessor
     ]
