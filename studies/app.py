@@ -125,7 +125,7 @@ async def _body(request: Request) -> Any:
 def _who(request: Request) -> str:
     """The rater's hash, from the signed cookie."""
     folder: StudyFolder = request.app.state.study
-    key_hash = identity.unsign(folder.keys["cookies"], request.cookies.get(identity.COOKIE))
+    key_hash = identity.unsign(folder.keys["cookies"], request.cookies.get(identity.cookie_name(folder.schedule_hash)))
     if key_hash is None:
         raise Refused(403, "foreign")
     return key_hash
@@ -160,7 +160,9 @@ def build_app(server: Server) -> FastAPI:
         given = params.get(folder.serving.parameter)
         if given is not None and (not isinstance(given, str) or not 0 < len(given) <= identity.LONGEST_ID):
             raise Refused(422, "malformed")
-        key_hash = identity.unsign(folder.keys["cookies"], request.cookies.get(identity.COOKIE))
+        key_hash = identity.unsign(
+            folder.keys["cookies"], request.cookies.get(identity.cookie_name(folder.schedule_hash))
+        )
         if given is not None:
             key_hash = identity.rater_hash(folder.keys["raters"], folder.name, given)
         elif folder.serving.platform != "none":
@@ -170,8 +172,8 @@ def build_app(server: Server) -> FastAPI:
         with server.writing() as session:
             state = server.state(session, key_hash)
         response.set_cookie(
-            identity.COOKIE, identity.sign(folder.keys["cookies"], key_hash), max_age=COOKIE_DAYS * 86400,
-            httponly=True, samesite="lax", secure=request.url.scheme == "https",
+            identity.cookie_name(folder.schedule_hash), identity.sign(folder.keys["cookies"], key_hash),
+            max_age=COOKIE_DAYS * 86400, httponly=True, samesite="lax", secure=request.url.scheme == "https",
         )  # fmt: skip
         return state
 

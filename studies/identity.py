@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import secrets
 
-COOKIE = "study"
 LONGEST_ID = 256
 """Characters of a rater's id."""
 
@@ -19,6 +18,11 @@ def rater_hash(key: str, study: str, rater: str) -> str:
         rater: the platform's id of the person.
     """
     return hmac.new(bytes.fromhex(key), f"{study}\n{rater}".encode(), "sha256").hexdigest()
+
+
+def cookie_name(schedule_hash: str) -> str:
+    """Name of a study's cookie: browsers share cookies between the ports of a host, and studies must not."""
+    return f"study-{schedule_hash[:12]}"
 
 
 def anonymous() -> str:
