@@ -25,6 +25,7 @@ from tmd_eval.commands import (
     leaderboard,
     micro,
     nfe,
+    plan,
     prompts,
     quickstart,
     rerun,
@@ -66,6 +67,7 @@ app.add_typer(vbench.app, name="vbench")
 app.command("micro")(micro.micro)
 app.command("nfe")(nfe.nfe)
 app.command("latency")(latency.latency)
+app.command("plan")(plan.plan)
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(experiment.app, name="experiment")

@@ -1,0 +1,160 @@
+"""``tmd-eval plan``: its operations and its memory against what really runs, on small networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from students.base import velocity
+from students.config import TrainConfig, load_config
+from students.errors import ConfigError, QualityGateError
+from students.method import Batch
+from tmd_eval.cli import app
+from tmd_eval.plan import block_flops, make_plan, sizes_of, tokens_of
+from tmd_eval.plan_activations import Sizes, activation_bytes, build, update_bytes
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SIZES = Sizes(
+    transformer={
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
+        "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 48, "num_layers": 8, "cross_attn_norm": True,
+        "rope_max_seq_len": 32,
+    },
+    latent=(4, 3, 16, 16), text_length=12,
+)  # fmt: skip
+
+
+def config_of(name: str, *settings: str) -> TrainConfig:
+    return load_config(EXAMPLES / f"{name}.yaml", settings)
+
+
+def saved_bytes(config: TrainConfig, iteration: int) -> int:
+    """Bytes that autograd keeps for the backward pass of one real update: each storage once, weights left out."""
+    method, teacher = build(config, SIZES, "cpu")
+    weights = {p.untyped_storage().data_ptr() for n in (teacher, *method.networks.values()) for p in n.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no address is used twice
+        return tensor
+
+    batch = Batch(latents=torch.zeros(1, *SIZES.latent), text=torch.zeros(1, SIZES.text_length, 16))
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = method.losses(batch, iteration, torch.Generator().manual_seed(0))
+    assert losses
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "name, iteration", [("micro_tmd_n2h2_stage1", 1), ("micro_tmd_n2h2_stage2", 5), ("micro_dmd2v", 5)]
+)
+def test_memory_model_against_saved_tensors(name: str, iteration: int) -> None:
+    """Without recomputation nearly all that is alive at the peak is what autograd saved: within 15 %."""
+    config = config_of(name, "gradient_checkpointing=false")
+    planned = activation_bytes(config, SIZES)[("student",)]
+    assert planned == pytest.approx(saved_bytes(config, iteration), rel=0.15)
+
+
+@pytest.mark.parametrize("recompute", ["true", "false"])
+@pytest.mark.parametrize("name", ["micro_tmd_n2h2_stage1", "micro_tmd_n2h2_stage2"])
+def test_shallow_networks_on_the_meta_device_foretell_the_real_peak(name: str, recompute: str) -> None:
+    config = config_of(name, f"gradient_checkpointing={recompute}")
+    planned, real = activation_bytes(config, SIZES), update_bytes(config, SIZES, "cpu")
+    assert set(planned) == set(real)
+    for turn, peak in real.items():
+        assert planned[turn] == pytest.approx(peak, rel=0.15)
+
+
+def test_recomputation_saves_memory() -> None:
+    full, less = (
+        activation_bytes(config_of("micro_tmd_n2h2_stage1", f"gradient_checkpointing={value}"), SIZES)[("student",)]
+        for value in ("false", "true")
+    )
+    assert less < full / 3
+
+
+def test_block_flops_against_torchs_counter() -> None:
+    def count(blocks: int) -> int:
+        network = WanTransformer3DModel.from_config({**SIZES.transformer, "num_layers": blocks})
+        x, t, text = torch.zeros(1, *SIZES.latent), torch.tensor([0.5]), torch.zeros(1, SIZES.text_length, 16)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            velocity(network, x, t, text)
+        return counter.get_total_flops()
+
+    assert tokens_of(SIZES) == 192
+    assert count(3) - count(2) == pytest.approx(block_flops(SIZES), rel=1e-9)
+
+
+def test_full_size_shapes_need_no_download() -> None:
+    sizes = sizes_of("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    assert tokens_of(sizes) == 32_760 and sizes.latent == (16, 21, 60, 104) and sizes.text_length == 512
+    assert block_flops(sizes) * 30 == pytest.approx(0.28e15, rel=0.02)
+    large = sizes_of("Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    assert block_flops(large) * 40 == pytest.approx(1.66e15, rel=0.02)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in WanTransformer3DModel.from_config(sizes.transformer).parameters())
+    assert count == pytest.approx(1.42e9, rel=0.01)
+    assert sizes_of("micro").transformer["num_layers"] == 10
+    with pytest.raises(ConfigError, match="nobody/nothing is not here"):
+        sizes_of("nobody/nothing")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the count of activations, which has tests of its own and takes seconds."""
+
+    def bytes_of(config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...], int]:
+        return {("student",): 8_000 if config.gradient_checkpointing else 8_000_000}
+
+    monkeypatch.setattr("tmd_eval.plan.activation_bytes", bytes_of)
+
+
+def test_parts_over_gpus(counted: None) -> None:
+    config = config_of("micro_tmd_n2h2_stage2", "batch=8", "ema=0.99")
+    one = make_plan(config, 1, SIZES).memory
+    count = make_plan(config, 1, SIZES).parameters
+    assert one.weights["student"] == 4 * count["student"] and one.weights["teacher"] == 4 * count["teacher"]
+    assert one.optimiser == 8 * sum(count[name] for name in ("student", "fake_score", "discriminator"))
+    assert one.average == 4 * count["student"] and one.gathered == 0
+    sharded = make_plan(
+        dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, shard="fsdp")), 8, SIZES
+    )
+    assert sharded.memory.optimiser == pytest.approx(one.optimiser / 8, rel=1e-3)
+    assert sharded.memory.activations == one.activations / 8  # one pair a GPU instead of eight
+    assert sharded.memory.gathered > 0 and sharded.memory.total < one.total / 4
+    assert sharded.flops_iteration == make_plan(config, 1, SIZES).flops_iteration
+
+
+def call(*words: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *words])
+
+
+def test_command(counted: None) -> None:
+    path = str(EXAMPLES / "micro_tmd_n2h2_stage1.yaml")
+    fits = call(path, "--gpus", "2", "--gpu-memory", "1", "--set", "batch=32", "--tflops", "100", "--json")
+    assert fits.exit_code == 0, fits.output
+    row = json.loads(fits.stdout)
+    assert row["fits"] and row["total_bytes_per_gpu"] == sum(row["bytes_per_gpu"].values()) and row["gpu_hours"] > 0
+    small = call(path, "--gpus", "2", "--gpu-memory", "0.15", "--set", "batch=32")
+    assert isinstance(small.exception, QualityGateError) and small.exception.exit_code == 5
+    assert "does not fit" in small.stdout
+    assert [line.split()[0] for line in small.stdout.split("before it:\n")[1].splitlines()] == ["micro_batch=1"]
+    assert small.stdout.rstrip().endswith("fits")
+    for words, what in (((path, "--gpus", "0"), "--gpus is 0"), ((path, "--gpus", "3"), "batch 32")):
+        refused = call(*words)
+        assert isinstance(refused.exception, ConfigError) and what in str(refused.exception)

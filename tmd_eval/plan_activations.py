@@ -1,0 +1,200 @@
+"""Bytes that one update needs beside weights, gradients and optimiser, counted without any memory.
+
+The run's own losses and their backward pass run on torch's meta device, where tensors have shapes but no values, while
+every storage that comes to life and dies is counted; the most alive at once is the answer. So whatever a method does is
+in the figure: which passes keep a graph, gradient checkpointing, the rollout of the flow head.
+
+A step of a full-size network takes minutes on the meta device, but memory grows by the same amount with every block of
+the backbone and of the head: three shallow networks of the true width give the figure of any depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin, WanTransformer3DModel
+from torch import Tensor
+from torch.fx.experimental import _config as shape_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from students.build import new_student
+from students.config import TrainConfig
+from students.method import Batch, Method
+from students.parallel import store_low
+from students.tmd import TMDStudent
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made while open, and the most that were alive at once.
+
+    Args:
+        device: type of the device whose tensors count.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
+                self._see(tensor.untyped_storage())
+        return out
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """Leave out storages that were there before, such as weights and gradients."""
+        for tensor in tensors:
+            self._sizes.setdefault(tensor.untyped_storage()._cdata, 0)
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+_plain_attention = F.scaled_dot_product_attention
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    try:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+    except NotImplementedError:  # forward-mode derivatives take plain attention, here as on a GPU
+        return _plain_attention(query, key, value)
+
+
+def _no_autocast(device: str, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """What a pass on the meta device needs, where torch has no rule of its own.
+
+    Fused attention, which keeps O(S) as GPUs do instead of the S x S matrix of torch's fallback; masks, whose count
+    nobody knows, that take every sample; and no autocast, which the meta device lacks.
+    """
+    masks = shape_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    with (
+        masks,
+        patch.object(F, "scaled_dot_product_attention", _fused),
+        patch.object(torch, "autocast", _no_autocast),
+        patch.object(torch, "is_autocast_enabled", lambda *device: False),
+    ):
+        yield
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What activations depend on beside the configuration."""
+
+    transformer: dict[str, Any]
+    """Config of the teacher's transformer."""
+    latent: tuple[int, int, int, int]
+    """(C, T, H, W)."""
+    text_length: int
+    """Tokens of a caption."""
+
+
+def build(config: TrainConfig, sizes: Sizes, device: str) -> tuple[Method, WanTransformer3DModel]:
+    """Networks of the run in the precision they compute in, with random weights (none on the meta device).
+
+    Args:
+        config: the run.
+        sizes: of the base model.
+        device: "meta", or a real one.
+    """
+    with torch.device(device):
+        teacher = WanTransformer3DModel.from_config(sizes.transformer).eval().requires_grad_(False)
+        student = new_student(config, teacher).to(device)
+        negative = torch.zeros(1, sizes.text_length, sizes.transformer["text_dim"])
+        method = config.kind.build(student, teacher, negative, config.method)
+    for network in (*method.networks.values(), teacher):
+        network.to(device)
+        if config.precision == "bf16":
+            store_low(network)
+        if config.gradient_checkpointing and isinstance(network, ModelMixin):
+            network.enable_gradient_checkpointing()
+        if config.parallel.checkpoint_head and isinstance(network, TMDStudent):
+            network.head_checkpointing = True
+    return method, teacher
+
+
+def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dict[tuple[str, ...], int]:
+    """Bytes one pass of one pair needs beside weights and gradients, for every kind of turn; counted in full.
+
+    Args:
+        config: the run.
+        sizes: of the base model.
+        device: "meta", or a real one to compute with.
+
+    Returns:
+        Names of the networks that move to the largest number of live bytes.
+    """
+    method, teacher = build(config, sizes, device)
+    batch = Batch(
+        latents=torch.zeros(1, *sizes.latent, device=device),
+        text=torch.zeros(1, sizes.text_length, sizes.transformer["text_dim"], device=device),
+    )
+    for network in method.networks.values():
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    found: dict[tuple[str, ...], int] = {}
+    turns = {method.turn(iteration): iteration for iteration in range(40, 0, -1)}
+    for turn, iteration in turns.items():
+        live = LiveBytes(device)
+        networks = (teacher, *method.networks.values())
+        live.know(p for network in networks for p in network.parameters())
+        live.know(p.grad for network in networks for p in network.parameters() if p.grad is not None)
+        with without_values() if device == "meta" else nullcontext(), live:
+            losses = method.losses(batch, iteration, torch.Generator().manual_seed(0))
+            torch.stack([loss.double() for loss in losses.values()]).sum().backward()
+        found[turn] = live.peak
+    return found
+
+
+DEPTHS = ((3, 1), (5, 1), (3, 2))
+"""(blocks of the backbone, H) that are counted; a plain student's are their sums."""
+
+
+def activation_bytes(config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...], int]:
+    """As :func:`update_bytes` at full depth, from shallow networks of the true width.
+
+    Args:
+        config: the run.
+        sizes: of the base model.
+    """
+    blocks = sizes.transformer["num_layers"]
+    head = config.student.h if config.kind.flow_head else 0
+    depths = DEPTHS if config.kind.flow_head else ((4, 0), (6, 0))
+    counted = []
+    for backbone, h in depths:
+        shallow = dataclasses.replace(sizes, transformer={**sizes.transformer, "num_layers": backbone + h})
+        student = dataclasses.replace(config.student, h=max(h, 1))
+        method = config.method
+        if getattr(method, "feature_blocks", None) is not None:
+            method = dataclasses.replace(method, feature_blocks=None)
+        counted.append(update_bytes(dataclasses.replace(config, student=student, method=method), shallow))
+    found = {}
+    for turn, first in counted[0].items():
+        per_block = (counted[1][turn] - first) / (depths[1][0] - depths[0][0])
+        per_head = counted[2][turn] - first if config.kind.flow_head else 0
+        found[turn] = round(first + per_block * (blocks - head - depths[0][0]) + per_head * (head - depths[0][1]))
+    return found
