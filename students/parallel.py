@@ -196,7 +196,9 @@ class Layout:
         for module in network.modules():
             if isinstance(module, AttentionModuleMixin):
                 module.processor._parallel_config = self.context
-        apply_context_parallel(network, self.context.context_parallel_config, network._cp_plan)
+        # without the plan of the whole network, which splits a time per token: ours is one per sample
+        plan = {name: part for name, part in network._cp_plan.items() if name}
+        apply_context_parallel(network, self.context.context_parallel_config, plan)
 
     def one_stops_all(self, bad: bool) -> bool:
         """True if the passes of this iteration must end here; call before every backward pass.

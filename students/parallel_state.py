@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -189,8 +190,11 @@ def read_tensors(folder: Path, tensors: Tree) -> None:
     Raises:
         ConfigError: the folder is damaged, or its tensors do not fit.
     """
+    alone = not dist.is_initialized()
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # meant so
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=alone)
     except CheckpointException as error:
         failure = next(iter(error.failures.values()))[0]
         raise _damaged(folder, failure) from error

@@ -258,6 +258,24 @@ def test_layouts_that_do_not_fit_are_refused(world: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method.name": "dmd2v", "method.guidance": 1.5, "method.student_every": 2},
+        {"method.name": "rcm", "method.derivative": "finite", "method.tangent_warmup": 0, "method.student_every": 2},
+    ],
+    ids=["dmd2v", "rcm"],
+)
+def test_plain_students_sharded(world: dict[str, Any], tmp_path: Path, method: dict[str, Any]) -> None:
+    """A whole Wan transformer as the student; rCM runs it outside autocast too, so it is gathered in float32."""
+    plain = {name: value for name, value in world.items() if name != "student.h"}
+    settings = {"iterations": 2, "micro_batch": 2, "precision": "bf16", "optimiser__lr_gate": None}
+    run(make(plain, tmp_path / "alone", method, **settings))
+    in_ranks(2, run, make(plain, tmp_path / "ranks", method, **settings, **SHARDED))
+    check(tmp_path / "ranks", tmp_path / "alone", relative=0.02, absolute=None)
+
+
+@pytest.mark.slow
 def test_compiled_blocks_learn_the_same(world: dict[str, Any], alone: dict[str, Path], tmp_path: Path) -> None:
     config = make(world, tmp_path / "run", iterations=3, micro_batch=1, parallel__compile="aot_eager", **SHARDED)
     in_ranks(2, run, config)
