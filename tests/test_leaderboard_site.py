@@ -89,7 +89,8 @@ def make_board(root: Path, *, hostile: bool = False) -> str:
     record_preferences(db, write(root / "preferences.json", study))
     claims = [CLAIM, {**CLAIM, "claim": HOSTILE if hostile else "gated fusion helps", "verdict": "holds"}]
     record_claims(db, write(root / "matrix" / "report.json", {**HEAD, "rows": [], "claims": claims}).parent)
-    import_published(db)
+    if not hostile:
+        import_published(db)
     return db
 
 
