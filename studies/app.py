@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.orm import Session
 
@@ -216,25 +216,29 @@ def build_app(server: Server) -> FastAPI:
 
     @app.get("/clip/{token}")
     def clip(token: str, key_hash: Who) -> Response:
-        query = select(Trial, Rater.key_hash).join(Rater, Rater.id == Trial.rater_id)
-        query = query.where(or_(Trial.token_left == token, Trial.token_right == token))
+        columns = (Trial.id, Trial.left, Trial.right, Trial.token_left, Trial.fetched_left, Trial.fetched_right)
+        query = (
+            select(*columns, Rater.key_hash, Vote.trial_id.label("voted"))
+            .join(Rater, Rater.id == Trial.rater_id)
+            .outerjoin(Vote, Vote.trial_id == Trial.id)
+            .where(or_(Trial.token_left == token, Trial.token_right == token))
+        )
         with server.database.reading() as session:
             row = session.execute(query).one_or_none()
-            if row is None or session.get(Vote, row[0].id) is not None:
-                raise Refused(404, "expired")
-        trial, owner = row
-        if owner != key_hash:
+        if row is None or row.voted is not None:
+            raise Refused(404, "expired")
+        if row.key_hash != key_hash:
             raise Refused(403, "foreign")
-        side = "left" if trial.token_left == token else "right"
-        if not getattr(trial, f"fetched_{side}"):
+        side = "left" if row.token_left == token else "right"
+        if not getattr(row, f"fetched_{side}"):
             with server.writing() as session:
-                setattr(session.get_one(Trial, trial.id), f"fetched_{side}", True)
+                session.execute(update(Trial).where(Trial.id == row.id).values({f"fetched_{side}": True}))
         # Constant or per-token headers: the usual ones come from the file's time and size and would group by model.
         headers = {
             "cache-control": "private, no-store", "content-disposition": 'inline; filename="clip.mp4"',
             "etag": f'"{token}"', "last-modified": "Thu, 01 Jan 1970 00:00:00 GMT",
         }  # fmt: skip
-        return FileResponse(folder.path / "clips" / getattr(trial, side), media_type="video/mp4", headers=headers)
+        return FileResponse(folder.path / "clips" / getattr(row, side), media_type="video/mp4", headers=headers)
 
     @app.get("/admin/status")
     def status(request: Request) -> dict[str, Any]:

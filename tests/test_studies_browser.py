@@ -196,6 +196,7 @@ def test_everything_has_a_name_for_screen_readers(browser: Any, served: Served):
             assert name and name.strip(), node
     assert page.locator("#study [role=status]").count() == 1
     assert page.locator("#study [role=alert]").count() == 1
+    page.keyboard.press("Tab")  # the ring is for those who use the keyboard
     page.locator("#study input[type=radio]").first.focus()
     outline = page.evaluate("getComputedStyle(document.activeElement.nextElementSibling).outlineStyle")
     assert outline == "solid", "the focus can be seen"
