@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 TEACHER_STEPS = 50
 SEED_STRIDE = 1000
 """Distance of the base seeds of two cells' videos; at most so many videos a prompt."""
-FREE = ("out", "parent", "save_every", "keep", "log_every", "device", "data.cache")
-"""Settings that do not change what a training makes; the parent is represented by its key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,10 +305,12 @@ class Resolver:
         return found
 
     def _training(self, stage: str, preset: str, config: TrainConfig, parent: str | None) -> Training:
+        from students.run_folder import FREE_ON_RESUME
         from students.settings import flatten
         from students.weights import file_hash
 
-        settings = {key: value for key, value in flatten(config.tree()).items() if key not in FREE}
+        free = (FREE_ON_RESUME - {"iterations"}) | {"parent"}  # what changes no weight; the parent counts by its key
+        settings = {key: value for key, value in flatten(config.tree()).items() if key not in free}
         if parent is None and config.parent is not None:  # a checkpoint from outside the experiment
             record = Path(config.parent) / "student.json"
             if not record.is_file():

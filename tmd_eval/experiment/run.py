@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -138,8 +139,7 @@ def _phases(
 def _tidy(options: Options, job: Job) -> None:
     """Training states serve to resume; a finished training needs them no more."""
     if job.kind == "train" and not options.keep_states:
-        for path in (store.folder(options.out, job) / "state").glob("*.pt"):
-            path.unlink(missing_ok=True)
+        shutil.rmtree(store.folder(options.out, job) / "state", ignore_errors=True)
 
 
 def _record(out: Path, loaded: Loaded, plan: Plan) -> None:
