@@ -62,6 +62,10 @@ def _facts(spec: StudentSpec | None, base: Base, stored: dict[str, Any]) -> list
             ("times", ", ".join(f"{t:.6g}" for t in reversed(spec.outer_grid))),
             ("sampler", _code(spec.sampler)),
         ]
+        if spec.initial == "scaled":
+            rows.append(("start", f"{spec.outer_grid[-1]:.6g} times the noise; pipelines and servers take it unscaled"))
+        if spec.time_precision != "float64":
+            rows.append(("network time", f"1000 t rounded to {spec.time_precision}, which only tmd-eval does"))
         if not spec.plain:
             rows.append(("inner times", ", ".join(f"{s:.6g}" for s in reversed(spec.inner_grid))))
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
