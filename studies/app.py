@@ -86,8 +86,11 @@ class Server:
         return rater
 
     def state(self, session: Session, key_hash: str) -> dict[str, Any]:
-        """What the page shows a rater now."""
-        rater = ballots.find_rater(session, self.study_id, key_hash, lock=True)
+        """What the page shows whoever has this hash now."""
+        return self.place(session, ballots.find_rater(session, self.study_id, key_hash, lock=True))
+
+    def place(self, session: Session, rater: Rater | None) -> dict[str, Any]:
+        """What the page shows a rater now; None is one who has not consented yet."""
         serving = self.folder.serving
         if rater is None:
             return {"stage": "consent", "consent": self.consent, "contact": serving.contact, "trials": self.trials}
@@ -184,8 +187,8 @@ def build_app(server: Server) -> FastAPI:
         for attempt in (1, 2):
             try:
                 with server.writing() as session:
-                    ballots.consent(session, server.study_id, key_hash, server.consent, server.clock.now())
-                    return server.state(session, key_hash)
+                    rater = ballots.consent(session, server.study_id, key_hash, server.consent, server.clock.now())
+                    return server.place(session, rater)
             except IntegrityError:  # PostgreSQL: the rater's other tab agreed at the same moment
                 if attempt == 2:
                     raise
@@ -202,7 +205,7 @@ def build_app(server: Server) -> FastAPI:
         with server.writing() as session:
             rater = server.rater(session, key_hash)
             trial = cast(session, folder, rater, token, ballot, server.clock.now())
-            answer: dict[str, Any] = {"next": server.state(session, key_hash)}
+            answer: dict[str, Any] = {"next": server.place(session, rater)}
             if trial.kind == "practice":
                 pairs = zip(QUESTIONS, trial.answers, ballot.answers, strict=True)
                 answer["feedback"] = {question: {"expected": right, "given": given} for question, right, given in pairs}
