@@ -28,6 +28,7 @@ from leaderboard.site import build_site
 from leaderboard.stats import front_probability, on_front, paired_differences
 from tests.test_leaderboard import HOSTILE, MODELS, STUDENT, TEACHER, UNDISTILLED, edit, files, make_run
 from tests.test_leaderboard_record import CLAIM, HEAD, STUDY, TIMING, write
+from tmd_eval.rerun import compare, figures
 
 VBENCH = {"Wan teacher": ("teacher", "teacher", 50.0, 0.86), "Wan TMD": ("student", "tmd", 2.33, 0.84)}
 
@@ -175,6 +176,8 @@ def test_the_published_board_is_committed_as_it_is_built(tmp_path: Path) -> None
     text = [name for name in fresh if not name.startswith("figures/") and not name.startswith("index")]
     assert all(fresh[name] == old[name] for name in text)  # figures depend on matplotlib's version
     assert sum(map(len, old.values())) < 2_000_000
+    pairs = list(compare(figures(committed), figures(tmp_path / "again")))  # as tmd-eval rerun does
+    assert len(pairs) > 180 and all(pair["agrees"] and pair["allowed"] == 0 for pair in pairs)
 
 
 def test_measured_and_reported_rows_share_no_table(site: Path) -> None:

@@ -52,14 +52,15 @@ def compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> I
     """One row a figure: old, new, the half width allowed for their difference, and whether they agree.
 
     Two independent figures with intervals of half widths a and b agree where they differ by at most
-    sqrt(a^2 + b^2), the half width of the interval of their difference.
+    sqrt(a^2 + b^2), the half width of the interval of their difference. Figures without an interval must be the same.
     """
     for name in [*old, *(key for key in new if key not in old)]:
         a, b = old.get(name), new.get(name)
         if a is None or b is None:
             yield {"figure": name, "old": a and a["value"], "new": b and b["value"], "allowed": None, "agrees": False}
             continue
-        half = [max(m["high"] - m["value"], m["value"] - m["low"]) for m in (a, b)]
+        bounded = [m for m in (a, b) if m["low"] is not None and m["high"] is not None]
+        half = [max(m["high"] - m["value"], m["value"] - m["low"]) for m in bounded]
         allowed = math.hypot(*half)
         agrees = abs(a["value"] - b["value"]) <= allowed + 1e-12
         yield {"figure": name, "old": a["value"], "new": b["value"], "allowed": allowed, "agrees": agrees}
