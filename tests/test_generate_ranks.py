@@ -33,7 +33,7 @@ def test_two_ranks_make_the_set_of_one(tmp_path: Path) -> None:
         lines = (tmp_path / out / "manifest.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29653", "-m", "--")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
     together = run(*torchrun, out="two")
     alone = run("-m", out="one")
     assert (together["made"], together["missing"]) == (alone["made"], alone["missing"]) == (3, 0)
