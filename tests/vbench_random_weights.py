@@ -133,9 +133,9 @@ def grit() -> Any:
             value.fill_(6.0)
         elif "box_predictor" in key and key.endswith("cls_score.bias"):  # and surely an object
             value.copy_(torch.tensor([6.0, -6.0])[: value.numel()])
-        elif "box_predictor" in key and key.endswith("cls_score.weight"):
-            value.zero_()
-        elif key.endswith("centernet_head.bbox_pred.weight"):  # each box holds a small image whole, so one is kept
+        elif ("box_predictor" in key and key.endswith("cls_score.weight")) or key.endswith(
+            "centernet_head.bbox_pred.weight"
+        ):
             value.zero_()
         elif key.endswith("centernet_head.bbox_pred.bias"):
             value.fill_(40.0)
