@@ -124,6 +124,8 @@ class TMDStudent(ModelMixin, ConfigMixin):
         ConfigError: H outside 1 to L - 1, an unknown fusion or target, or an image-to-video transformer.
     """
 
+    head_checkpointing: bool = False
+
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["WanTransformerBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["WanTransformerBlock"]
@@ -169,7 +171,6 @@ class TMDStudent(ModelMixin, ConfigMixin):
         self.scale_shift_table = wan.scale_shift_table
         self.proj_out = wan.proj_out
         self.gradient_checkpointing = False
-        self.head_checkpointing = False
 
     @classmethod
     def from_teacher(
