@@ -315,7 +315,7 @@ def _axes(
             margin = max(0.15 * (max(ends) - min(ends)), 0.5)
             axes.set_ylim(min(ends) - margin, min(max(ends) + margin, 101))
         else:
-            axes.set_ylim(0, 104)
+            axes.set_ylim(-2, 104)  # room for a point at 0
             axes.set_yticks(range(0, 101, 20))
     else:
         axes.set_ylabel(f"{display.label}{' (lower is better)' if display.better == 'lower' else ''}")

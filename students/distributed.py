@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from itertools import count
 from types import TracebackType
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from students.errors import ConfigError, EnvironmentMissingError, TmdError
 
 T = TypeVar("T")
+_RUNS = count()
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for one that encodes data or writes a checkpoint; torchrun sees a dead one at once."""
 
@@ -133,11 +135,12 @@ class Ranks:
 
 
 def _fresh_store() -> dist.Store | None:
-    """torchrun's store with names of this attempt's own; None lets torch make one where torchrun has none.
+    """torchrun's store with names of this attempt's and this run's own; None lets torch make one without torchrun.
 
-    torch 2.14 hands the same store to every attempt, so that a restarted rank may find the addresses of dead ones.
+    torch 2.14 hands the same store to every attempt, and counts process groups from 0 again once they are destroyed, so
+    that a restarted rank, or a second run in one process, may find the addresses of dead ones.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}-run-{next(_RUNS)}", store)

@@ -221,19 +221,20 @@ def _bad_on_rank_1(config: TrainConfig) -> str:
 def test_a_full_disk_in_the_background_is_one_sentence(world: dict[str, Any], tmp_path: Path) -> None:
     """A real limit on file sizes; the state before stays, and the run goes on from it."""
     out = tmp_path / "run"
-    messages = in_ranks(2, _fills_the_disk, make(world, out, micro_batch=1, iterations=1, **SHARDED), tmp_path)
+    config = make(world, out, micro_batch=1, iterations=1, **SHARDED)
+    in_ranks(2, run, config)
+    messages = in_ranks(2, _fills_the_disk, config)
     assert all("no space left while writing" in text and "--resume" in text for text in messages)
     assert [path.name for path in (out / "state").iterdir()] == ["00000001"]
     run(make(world, out, micro_batch=1, iterations=2), resume=True)
 
 
-def _fills_the_disk(config: TrainConfig, folder: Path) -> str:
+def _fills_the_disk(config: TrainConfig) -> str:
     import resource
     from dataclasses import replace
 
     from students.trainer_state import DiskFullError
 
-    run(config)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     with pytest.raises(DiskFullError) as error:
         run(replace(config, iterations=2), resume=True)

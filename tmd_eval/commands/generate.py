@@ -39,7 +39,7 @@ def generate(
 ) -> None:
     """Make the videos of a set of prompts; running it again makes only what is missing.
 
-    On several GPUs: torchrun --nproc-per-node 8 -m tmd_eval.cli generate ... makes the same videos.
+    On several GPUs: torchrun --nproc-per-node 8 -m -- tmd_eval.cli generate ... makes the same videos.
 
     Example: tmd-eval generate --ckpt micro --prompts micro --num-prompts 64 --m 50 --out runs/teacher
     """
