@@ -292,7 +292,11 @@ def test_setup_is_idempotent_and_a_failure_keeps_the_old_environment(
     assert "torch was 1.0" in (environment.problem() or "")
     environment._link(environment.folder()).write_text("/gone\n")
     assert environment.problem() is not None
-    assert environment.setup()["built"] and environment.remove() and environment.problem() == "is not installed"
+    assert environment.setup()["built"]
+    environment._link(environment.folder()).write_text("/gone\n")  # the project's environment was made anew elsewhere
+    assert "gone" in (environment.problem() or "")
+    assert not environment.setup()["built"] and environment.problem() is None  # mended without an installation
+    assert environment.remove() and environment.problem() == "is not installed"
 
 
 def test_workers_have_no_network(vbench_environment: Path) -> None:

@@ -54,19 +54,28 @@ def wanted() -> dict[str, str]:
 
 def problem() -> str | None:
     """Why the environment is of no use as it is, or None when it is ready."""
+    if reason := _build_problem():
+        return reason
+    shared = _link(folder()).read_text().splitlines()
+    if not any((Path(path) / "torch").is_dir() for path in shared):
+        return "borrows torch from a folder that is gone"
+    return None
+
+
+def _build_problem() -> str | None:
+    """Why its packages must be installed anew; a link to a project's environment that moved is no reason."""
     if not folder().is_dir():
         return "is not installed"
     try:
         stamp = json.loads((folder() / STAMP).read_text())
-        shared = _link(folder()).read_text().splitlines()
     except (OSError, ValueError):
+        return "is incomplete"
+    if not _link(folder()).is_file():
         return "is incomplete"
     now = wanted()
     different = [f"{key} was {stamp.get(key)}, is {now[key]}" for key in now if stamp.get(key) != now[key]]
     if different:
         return "was built for something else (" + "; ".join(d if len(d) < 80 else d.split()[0] for d in different) + ")"
-    if not any((Path(path) / "torch").is_dir() for path in shared):
-        return "borrows torch from a folder that is gone"
     return None
 
 
@@ -100,7 +109,7 @@ def setup(*, force: bool = False, log: Callable[[str], None] = lambda _: None) -
     start, target = time.perf_counter(), folder()
     _writable(home())
     with _lock():
-        built = force or problem() is not None
+        built = force or _build_problem() is not None
         if built:
             for debris in _unfinished():
                 shutil.rmtree(debris, ignore_errors=True)
