@@ -8,6 +8,6 @@
 | app, guard, identity, page, texts, status | the FastAPI routes and the page in Gradio |
 | logit, wins | pure statistics |
 | tally, compare, ranking, analyze | unblinded votes, one pair, all models, the whole study |
-| report, html, figure, export | Markdown, page, figure, CSV, Parquet, preferences.json |
+| report, html, figure, report_json, export | Markdown, page, figure, report.json, CSV, Parquet |
 | simulate, rehearse, power | raters from a stated model, and what a design can detect |
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,10 +79,12 @@ def analyze_study(
     *,
     command: str,
     code_revision: str,
+    device: str | None = None,
+    packages: Mapping[str, str] | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     record: bool = True,
 ) -> dict[str, Any]:
-    """Analyse an unblinded study and write preferences.json, analysis.json, report.md, index.html and the figure.
+    """Analyse an unblinded study; write preferences, analysis and report as JSON, report.md, index.html and the figure.
 
     Args:
         folder: the study's folder.
@@ -90,6 +92,8 @@ def analyze_study(
         out: folder of the files.
         command: the command line.
         code_revision: of the analysing code.
+        device: what computes, as a person would name it.
+        packages: name to version, of what the numbers depend on.
         now: source of the time.
         record: whether to write the leaderboard's rows.
 
@@ -103,6 +107,7 @@ def analyze_study(
     from studies.figure import draw
     from studies.html import page
     from studies.report import markdown
+    from studies.report_json import report_json
 
     database = Database(db)
     try:
@@ -113,8 +118,13 @@ def analyze_study(
             detail = {"command": command, "votes": len(answers)}
             session.add(Audit(study_id=study.id, at=now(), action="analyzed", detail=detail))
             unblinded, simulated = study.unblinded, study.simulated
-            query = select(Audit.detail).where(Audit.study_id == study.id, Audit.action == "simulated")
-            models = [detail["command"] for detail in session.scalars(query)]
+            log = session.scalars(select(Audit).where(Audit.study_id == study.id).order_by(Audit.id)).all()
+            models = [line.detail["command"] for line in log if line.action == "simulated"]
+            audit = [
+                {"at": line.at.isoformat(timespec="seconds"), "action": line.action, "command": line.detail["command"]}
+                for line in log
+                if "command" in line.detail
+            ]
     finally:
         database.close()
     analysis = analyze(answers, sealed)
@@ -135,6 +145,10 @@ def analyze_study(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "preferences.json", preferences)
     write_json(out / "analysis.json", {**head, **extra, **{k: v for k, v in analysis.items() if k not in head}})
+    report = report_json(
+        preferences, analysis, seeds=[sealed.design["seed"]], device=device, packages=packages or {}, audit=audit
+    )
+    write_json(out / "report.json", report)
     for ending, data in draw(preferences).items():
         write_atomic(out / f"preferences.{ending}", data)
     text = markdown(preferences, {**analysis, **extra})

@@ -9,18 +9,20 @@ import hmac
 import json
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from sqlalchemy import func, or_, select, update
-from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from studies import ballots, identity
 from studies.clock import Clock
 from studies.database import Database, find_study
 from studies.design import QUESTIONS
+from studies.errors import DatabaseUnusableError, StudyError
 from studies.guard import Guard
 from studies.models import Audit, Rater, Sheet, Trial, Vote
 from studies.page import mount_page
@@ -63,6 +65,7 @@ class Server:
             practice = longest.where(Trial.kind == "practice", Trial.position >= 0).group_by(Trial.sheet_id)
             self.trials = max(count for _, count in rows)
             self.practice = max((count for _, count in session.execute(practice)), default=0)
+            _all_there(session, study.id, folder.path / "clips")
         self.clock = clock or Clock(max((moment for moment in latest if moment), default=None))
 
     def writing(self) -> AbstractContextManager[Session]:
@@ -115,6 +118,21 @@ class Server:
         }  # fmt: skip
 
 
+def _all_there(session: Session, study_id: int, clips: Path) -> None:
+    """Refuse to start with clips missing: raters would get stuck at them.
+
+    Raises:
+        StudyError: a clip that a trial shows is not in the folder.
+    """
+    query = select(Trial.left, Trial.right).join(Sheet).where(Sheet.study_id == study_id)
+    missing = {name for row in session.execute(query) for name in row} - {path.name for path in clips.glob("*.mp4")}
+    if missing:
+        raise StudyError(
+            f"{len(missing)} clips are missing in {clips}, such as {min(missing)}; run the command that created the "
+            "study again, it makes what is missing."
+        )
+
+
 async def _body(request: Request) -> Any:
     """The JSON body; only JSON, so that no foreign page's form can post."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
@@ -125,8 +143,8 @@ async def _body(request: Request) -> Any:
         raise Refused(422, "malformed") from error
 
 
-def _who(request: Request) -> str:
-    """The rater's hash, from the signed cookie."""
+async def _who(request: Request) -> str:
+    """The rater's hash, from the signed cookie; async, so that it takes no turn in the pool of threads."""
     folder: StudyFolder = request.app.state.study
     key_hash = identity.unsign(folder.keys["cookies"], request.cookies.get(identity.cookie_name(folder.schedule_hash)))
     if key_hash is None:
@@ -233,15 +251,19 @@ def build_app(server: Server) -> FastAPI:
         if row.key_hash != key_hash:
             raise Refused(403, "foreign")
         side = "left" if row.token_left == token else "right"
+        path = folder.path / "clips" / getattr(row, side)
+        if not path.is_file():  # gone since the start; the page says so and asks again
+            return JSONResponse({"error": "retry"}, status_code=503, headers={"retry-after": "2"})
         if not getattr(row, f"fetched_{side}"):
-            with server.writing() as session:
+            # A mark lost in a power cut costs the rater a second look, so it need not wait for the disk.
+            with server.database.writing(synced=False) as session:
                 session.execute(update(Trial).where(Trial.id == row.id).values({f"fetched_{side}": True}))
         # Constant or per-token headers: the usual ones come from the file's time and size and would group by model.
         headers = {
             "cache-control": "private, no-store", "content-disposition": 'inline; filename="clip.mp4"',
             "etag": f'"{token}"', "last-modified": "Thu, 01 Jan 1970 00:00:00 GMT",
         }  # fmt: skip
-        return FileResponse(folder.path / "clips" / getattr(row, side), media_type="video/mp4", headers=headers)
+        return FileResponse(path, media_type="video/mp4", headers=headers)
 
     @app.get("/admin/status")
     def status(request: Request) -> dict[str, Any]:
@@ -251,8 +273,8 @@ def build_app(server: Server) -> FastAPI:
         with server.database.reading() as session:
             return study_status(session, server.study_id, server.clock.now())
 
+    @app.exception_handler(DatabaseUnusableError)
     @app.exception_handler(DBAPIError)
-    @app.exception_handler(TimeoutError)
     def busy(request: Request, error: Exception) -> JSONResponse:
         """Locked for long, out of space, database gone: the page keeps the answer and tries again."""
         return JSONResponse({"error": "retry"}, status_code=503, headers={"retry-after": "2"})

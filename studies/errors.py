@@ -15,3 +15,9 @@ class NotEnoughVotesError(StudyError):
     """The study has no votes to analyse yet."""
 
     exit_code = 3
+
+
+class DatabaseUnusableError(StudyError):
+    """The database is locked for long, full, damaged or gone; what was being written was not, the rest is kept."""
+
+    exit_code = 1

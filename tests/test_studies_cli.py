@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from tests.studykit import make_set, prompts
+from tests.studykit import MODELS, make_set, make_study, prompts
 from tmd_eval.cli import app
+from tmd_eval.rerun import rerun
 
 KEYS = {
     "create": "clips database folder prompts raters schedule_hash study trials_per_rater votes",
@@ -64,6 +67,8 @@ def test_the_whole_road(sets: Path, tmp_path: Path):
     found["results"] = found["analyze"]["results"][0]
     assert found["analyze"] == json.loads((tmp_path / "out" / "preferences.json").read_text())
     shown = call("analyze", study, *db)
+    report = json.loads((tmp_path / "first" / "analysis" / "report.json").read_text())
+    assert report["command"].endswith(f"--out {study}/analysis"), "a report says where it went, for tmd-eval rerun"
     assert shown.startswith("SIMULATED") and "visual quality: a over b" in shown
     found["export"] = call("export", study, "--out", str(tmp_path / "votes"), *db, "--json")
     found["power"] = call("power", "--num-prompts", "10", "--raters", "5", "--simulations", "50", "--json")
@@ -71,6 +76,31 @@ def test_the_whole_road(sets: Path, tmp_path: Path):
     assert {name: sorted(value) for name, value in found.items()} == {
         name: sorted(keys.split()) for name, keys in KEYS.items()
     }
+
+
+def test_a_report_keeps_the_contract_and_can_be_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    study, db = make_study(tmp_path, models=3, count=4, votes_per_item=2, frames=2)
+    call("simulate", str(study), "--quality", f"{MODELS[0]}=1", "--db", db)
+    call("unblind", str(study), "--reason", "test", "--db", db)
+    words = ["study", "analyze", str(study), "--out", str(tmp_path / "out"), "--db", db]
+    monkeypatch.setattr(sys, "argv", ["tmd-eval", *words])
+    facts = call(*words[1:], "--json")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["command"] == shlex.join(["tmd-eval", *words]) and report["simulated"] and report["device"]
+    assert report["seeds"] == [0] and report["packages"]["numpy"] and "simulated" in report["raters"]
+    assert [line["action"] for line in report["audit"]] == ["created", "simulated", "unblinded", "analyzed"]
+    rows = {row["name"]: row["metrics"] for row in report["rows"]}
+    assert list(rows) == list(MODELS)
+    for result in facts["results"]:
+        ours = rows[result["a"]][f"{result['question']}, preferred to {result['b']}"]
+        theirs = rows[result["b"]][f"{result['question']}, preferred to {result['a']}"]
+        assert (ours["value"], ours["low"], ours["high"]) == (result["value"], result["low"], result["high"])
+        assert ours["n"] == theirs["n"] == result["n_votes"]
+        assert (theirs["value"], theirs["low"]) == pytest.approx((1 - ours["value"], 1 - ours["high"]))
+    assert all(m["low"] <= m["value"] <= m["high"] for metrics in rows.values() for m in metrics.values())
+    compared = rerun(tmp_path / "out", tmp_path / "again")
+    assert len(compared) == sum(len(metrics) for metrics in rows.values())
+    assert all(row["old"] == row["new"] for row in compared), "the same votes, the same figures"
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def analyze(
     db: Database = None,
     as_json: Json = False,
 ) -> None:
-    """Win rates with intervals, agreement and sensitivity: preferences.json, report.md and the figure.
+    """Win rates with intervals, agreement and sensitivity: preferences.json, report.json, report.md and the figure.
 
     Example: tmd-eval study analyze studies/first --out reports/first
     """
@@ -201,11 +201,14 @@ def analyze(
     from studies.analyze import analyze_study
     from studies.report import NONE
     from studies.serving import open_folder
+    from tmd_eval.provenance import cpu_name, package_versions
 
     target = out or study / "analysis"
+    command = _command() if out else f"{_command()} {shlex.join(['--out', str(target)])}"
     facts = analyze_study(
-        open_folder(study), db, target, command=_command(), code_revision=code_revision(), record=record
-    )
+        open_folder(study), db, target, command=command, code_revision=code_revision(), device=f"{cpu_name()} (cpu)",
+        packages=package_versions(), record=record,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
