@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,59 @@ def test_raft_s_shortcuts_change_nothing(vbench_environment: Path) -> None:
     assert len(pairs) == 3
     for official, ours in pairs:
         assert official > 0 and ours == pytest.approx(official, rel=1e-4)
+
+
+def test_fast_dimensions_share_a_worker_and_retry_alone(
+    vbench_environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def ask(request: dict[str, Any], **_: Any) -> dict[str, Any]:
+        tasks = request["tasks"] if request["action"] == "fast" else [request]
+        asked.append([task["dimension"] for task in tasks])
+        if len(tasks) > 1:  # killed in the second dimension of the first video
+            tasks, reply = tasks[:1], {"ok": False, "error": "worker ended with -9", "message": "", "traceback": ""}
+        else:
+            reply = {"ok": True, "failed": {"temporal_style": "broken"} if asked[-1] == ["temporal_style"] else {}}
+        for task in tasks:
+            if task["dimension"] == "temporal_style":
+                continue
+            rows = [{"key": v["key"], "value": 0.5, "extra": {}, "seconds": 1.0} for v in task["videos"]]
+            Path(task["results"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return reply
+
+    monkeypatch.setattr(runner, "_ask", ask)
+    names = ["subject_consistency", "temporal_style", "imaging_quality", "temporal_flickering"]
+    items = [runner.Item(key=f"k{n}", path=tmp_path / f"{n}.mp4", link=f"{n}.mp4", prompt="p") for n in range(2)]
+    jobs = [runner.Job(dimension=name, items=items, parts=tmp_path / name, name="0-0") for name in names]
+    failed = runner.run(jobs, runner.Workers(engine="fast"))
+    assert list(failed) == ["temporal_style"] and "broken" in failed["temporal_style"]
+    assert asked[0] == names[:3] and sorted(asked[1:]) == [
+        ["imaging_quality"],
+        ["temporal_flickering"],
+        ["temporal_style"],
+    ]
+
+
+def test_fast_values_are_the_official_ones_on_tiny_models(vbench_environment: Path, tmp_path: Path) -> None:
+    weights.prepare()  # ViCLIP's vocabulary
+    videos = clips(tmp_path / "videos", ["one", "two"], 20)
+    script, fast = Path(__file__).with_name("vbench_tiny_models.py"), Path(runner.__file__).with_name("fast.py")
+    paths = [str(path) for path in sorted(videos.iterdir())]
+    done = subprocess.run(
+        [str(environment.python()), str(script), str(fast), *paths],
+        capture_output=True, text=True, timeout=900, env=runner._environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    *rows, last = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert last == {"failed": {}, "decoded": paths}, done.stderr[-2000:]  # seven dimensions of decord, one decoding
+    assert {row["dimension"] for row in rows} == set(FAST) & set(DIMENSIONS) and len(rows) == 16
+    for row in rows:
+        assert row["fast"] == pytest.approx(row["official"], abs=1e-4), row
+    values = {
+        row["dimension"]: {round(r["official"], 6) for r in rows if r["dimension"] == row["dimension"]} for row in rows
+    }
+    assert all(len(found) == 2 for name, found in values.items() if name != "dynamic_degree")  # two unlike videos
 
 
 def clips(folder: Path, prompts: list[str], frames: int) -> Path:

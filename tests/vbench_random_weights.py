@@ -29,7 +29,7 @@ def dino_vitb16(pretrained=True, **kwargs):
     import timm
     import torch
 
-    model = timm.create_model("vit_base_patch16_224", num_classes=0, dynamic_img_size=True)
+    model = timm.create_model("vit_base_patch16_224", num_classes=0, dynamic_img_size=True, dynamic_img_pad=True)
     if pretrained:
         path = "https://example.invalid/dino_vitbase16_pretrain.pth"
         model.load_state_dict(torch.hub.load_state_dict_from_url(url=path, map_location="cpu"))

@@ -73,8 +73,11 @@ OTHER_WEIGHTS = {"static_filter": FILTER_WEIGHTS, "diversity_dino": _DINO, "dive
 """What the workers' other tasks read."""
 
 
-FAST = ("subject_consistency", "appearance_style", "imaging_quality", "dynamic_degree", "static_filter")
-"""Tasks that the fast engine does in its own way; the others it leaves to the official code."""
+FAST = (
+    "subject_consistency", "background_consistency", "aesthetic_quality", "imaging_quality", "appearance_style",
+    "temporal_style", "overall_consistency", "dynamic_degree", "static_filter",
+)  # fmt: skip
+"""Tasks of the fast engine, which share models or frames; the others it leaves to the official code."""
 
 
 def engine_of(task: str, engine: str) -> str:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -163,6 +163,9 @@ def is_result(dimension: str, row: Mapping[str, Any] | None) -> bool:
 def run(jobs: Sequence[Job], workers: Workers) -> dict[str, str]:
     """Run jobs, several at once, each with one second try; a job that fails does not stop the others.
 
+    The fast engine's jobs of one name share a worker on the first try, which decodes a video once for all of them; what
+    is left then gets workers of its own.
+
     Args:
         jobs: disjoint videos; those with a result already are skipped.
         workers: how many at once, and where.
@@ -185,14 +188,13 @@ def run(jobs: Sequence[Job], workers: Workers) -> dict[str, str]:
         tqdm(total=total, desc="scoring", unit="video", file=sys.stderr, mininterval=1) as bar,
     ):
         try:
-            running: dict[Future[str | None], Job] = {pool.submit(_run_job, job, workers, places): job for job in left}
+            running = {pool.submit(_run_bundle, bundle, workers, places) for bundle in _bundles(left, workers.engine)}
             while running:
-                done, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+                done, running = wait(running, timeout=5, return_when=FIRST_COMPLETED)
                 for future in done:
-                    job = running.pop(future)
-                    if reason := future.result():
-                        failed[job.dimension] = reason
-                        tqdm.write(f"{job.dimension} failed twice: {reason}", file=sys.stderr)
+                    for dimension, reason in future.result().items():
+                        failed[dimension] = reason
+                        tqdm.write(f"{dimension} failed twice: {reason}", file=sys.stderr)
                 bar.update(total - sum(len(_pending(job).items) for job in left) - bar.n)
         except BaseException:
             workers.stop.set()
@@ -242,43 +244,64 @@ def _pending(job: Job) -> Job:
     return Job(dimension=job.dimension, items=left, parts=job.parts, name=job.name)
 
 
-def _run_job(job: Job, workers: Workers, places: queue.Queue[str]) -> str | None:
-    """Why the job failed twice, None if it did not."""
-    place, reason = places.get(), None
+def _bundles(jobs: Sequence[Job], engine: str) -> list[list[Job]]:
+    """Jobs that share a worker."""
+    together: dict[str, list[Job]] = {}
+    alone = []
+    for job in jobs:
+        if engine_of(job.dimension, engine) == "fast":
+            together.setdefault(job.name, []).append(job)
+        else:
+            alone.append([job])
+    return [*together.values(), *alone]
+
+
+def _run_bundle(bundle: Sequence[Job], workers: Workers, places: queue.Queue[str]) -> dict[str, str]:
+    """Why each dimension of a bundle failed twice, of those that did."""
+    place = places.get()
+    failed: dict[str, str] = {}
     try:
-        for attempt in (1, 2):
-            job = _pending(job)
-            if workers.stop.is_set() or not job.items:
-                return None
-            reason = _score(job, workers, place, attempt)
-            if reason is None:
-                return None
-        return reason
+        bundle = [job for job in map(_pending, bundle) if job.items]  # another host may have been here
+        if workers.stop.is_set() or not bundle:
+            return {}
+        _score(bundle, workers, place, 1)
+        for job in bundle:
+            left = _pending(job)
+            if left.items and not workers.stop.is_set() and (again := _score([left], workers, place, 2)):
+                failed |= again
+        return failed
     finally:
         places.put(place)
 
 
-def _score(job: Job, workers: Workers, gpu: str, attempt: int) -> str | None:
-    job.parts.mkdir(parents=True, exist_ok=True)
-    log = job.parts / f"{job.name}.log"
+def _score(bundle: Sequence[Job], workers: Workers, gpu: str, attempt: int) -> dict[str, str]:
+    """One try at a bundle in one worker; returns why each dimension failed that did."""
+    tasks = []
+    log = bundle[0].parts / f"{bundle[0].name}.log"
     with tempfile.TemporaryDirectory(prefix="tmd-eval-vbench-") as temporary:
-        videos = []
-        for place, item in enumerate(job.items):  # links in folders of their own: no name can meet another
-            link = Path(temporary, "videos", f"{place:06d}", item.link)
-            link.parent.mkdir(parents=True)
-            link.symlink_to(item.path.absolute())
-            videos.append({"key": item.key, "path": str(link), "prompt": item.prompt, "auxiliary_info": item.auxiliary})
-        fast = engine_of(job.dimension, workers.engine) == "fast"
-        action = "fast" if fast else ACTIONS.get(job.dimension, "score")
-        request = {
-            "action": action, "dimension": job.dimension, "device": workers.device,
-            "videos": videos, "results": str(job.parts / f"{job.name}.jsonl"), "work": temporary,
-            "weights": [str(weights.folder() / path) for path in weights_of(job.dimension)],
-        }  # fmt: skip
+        for job in bundle:
+            job.parts.mkdir(parents=True, exist_ok=True)
+            videos = []
+            for place, item in enumerate(job.items):  # links in folders of their own: no name can meet another
+                link = Path(temporary, "videos", job.dimension, f"{place:06d}", item.link)
+                link.parent.mkdir(parents=True)
+                link.symlink_to(item.path.absolute())
+                video = {"key": item.key, "file": str(item.path.absolute()), "path": str(link), "prompt": item.prompt}
+                videos.append({**video, "auxiliary_info": item.auxiliary})
+            files = [str(weights.folder() / path) for path in weights_of(job.dimension)]
+            results = str((job.parts / f"{job.name}.jsonl").absolute())  # the worker runs in another folder
+            tasks.append({"dimension": job.dimension, "videos": videos, "results": results, "weights": files})
+        request: dict[str, Any] = {"device": workers.device, "work": temporary}
+        first = bundle[0].dimension
+        if engine_of(first, workers.engine) == "fast":
+            request |= {"action": "fast", "tasks": tasks}
+        else:
+            request |= {"action": ACTIONS.get(first, "score"), **tasks[0]}
         reply = _ask(request, gpu=gpu, log=log, append=attempt > 1, work=Path(temporary))
     if reply["ok"]:
-        return None
-    return f"{reply['error']}: {reply['message']} (log: {log})"
+        return {name: f"{reason} (log: {log})" for name, reason in reply.get("failed", {}).items()}
+    reason = f"{reply['error']}: {reply['message']} (log: {log})"
+    return {job.dimension: reason for job in bundle}
 
 
 def _ask(

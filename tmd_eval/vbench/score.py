@@ -304,16 +304,23 @@ def _link_name(video: Video) -> str:
 def run_jobs(items: Mapping[str, list[Item]], out: Path, workers: Workers, ranks: Ranks) -> dict[str, str]:
     """Score this rank's share; returns what failed on any rank."""
     jobs = []
-    for dimension, every in items.items():
-        unique = list({item.key: item for item in every}.values())[ranks.rank :: ranks.world]
-        shards = min(workers.count, len(unique))
-        for shard in range(shards):
-            jobs.append(
-                Job(
-                    dimension=dimension, items=unique[shard::shards], parts=out / PARTS / dimension,
-                    name=f"{ranks.rank}-{shard}",
-                )
-            )  # fmt: skip
+    together = [name for name in items if engine_of(name, workers.engine) == "fast"]
+    for group in [together, *([name] for name in items if name not in together)]:
+        # a video's place decides its rank and shard: dimensions that share a decoded video get it in the same worker
+        paths = dict.fromkeys(item.path for dimension in group for item in items[dimension])
+        place = {path: number for number, path in enumerate(paths)}
+        for dimension in group:
+            unique = list({item.key: item for item in items[dimension]}.values())
+            for shard in range(workers.count):
+                mine = ranks.rank + shard * ranks.world
+                share = [item for item in unique if place[item.path] % (ranks.world * workers.count) == mine]
+                if share:
+                    jobs.append(
+                        Job(
+                            dimension=dimension, items=share, parts=out / PARTS / dimension,
+                            name=f"{ranks.rank}-{shard}",
+                        )
+                    )  # fmt: skip
     failed: dict[str, str] = {}
     for one in ranks.gather(runner.run(jobs, workers)):
         failed |= one

@@ -1,9 +1,10 @@
 """Runs inside VBench's environment, as a script: one request in a JSON file, one reply in another.
 
 It must not import the project, whose packages conflict with VBench's. Called as ``python -I worker.py REQUEST REPLY``.
-The request is ``{"action": "import", "dimensions"}``, or for the actions "score", "static", "features" and "fast"
-``{"dimension", "weights", "videos", "results", "work", "device", "engine"}`` where each of the videos is ``{"key",
-"path", "prompt", "auxiliary_info"}``; the reply is ``{"ok": true, ...}`` or ``{"ok": false, "error", "message",
+The request is ``{"action": "import", "dimensions"}``; for the actions "score", "static" and "features" ``{"dimension",
+"weights", "videos", "results", "work", "device"}`` where each of the videos is ``{"key", "file", "path", "prompt",
+"auxiliary_info"}``, ``path`` being a link to ``file``; or for "fast" ``{"tasks": [{"dimension", "weights", "videos",
+"results"}], "work", "device"}``. The reply is ``{"ok": true, ...}`` or ``{"ok": false, "error", "message",
 "traceback"}``. A result is appended to the file ``results``, one JSON line a video, as soon as it is there, so that a
 killed worker loses one video. All connections to the network are refused: a metric whose weights are missing must fail,
 not fetch something that nobody recorded.
@@ -244,7 +245,7 @@ def features(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def fast(request: dict[str, Any]) -> dict[str, Any]:
-    """Let the fast engine, in the file beside this one, do a task that it has a function for."""
+    """Let the fast engine, in the file beside this one, do the tasks that it has functions for, all at once."""
     import torch
 
     spec = importlib.util.spec_from_file_location("fast", Path(__file__).with_name("fast.py"))
@@ -253,8 +254,10 @@ def fast(request: dict[str, Any]) -> dict[str, Any]:
     spec.loader.exec_module(engine)
     torch.load = functools.partial(torch.load, weights_only=False)
     torch.set_grad_enabled(False)
-    engine.TASKS[request["dimension"]](request, Results(request["results"], request["videos"]))
-    return {}
+    if request["device"].startswith("cuda") and not torch.cuda.is_available():
+        raise RuntimeError("VBench's environment finds no GPU")
+    write = lambda task: Results(task["results"], task["videos"])  # noqa: E731
+    return {"failed": engine.run(request["tasks"], request["device"], write)}
 
 
 def die_with_parent() -> None:
