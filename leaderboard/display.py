@@ -84,6 +84,10 @@ _KNOWN = (
         Display(name=f"diversity_{name}", label=f"Diversity of {name}", share=False, better="")
         for name in ("place", "size", "motion", "background", "phase")
     ),
+    *(
+        Display(name=f"diversity_{name.lower()}", label=f"Diversity ({name} distance)", share=False, better="")
+        for name in ("DINO", "CLIP")
+    ),
 )
 
 

@@ -39,7 +39,7 @@ PROMPT, STYLE = "a red bicycle in the rain", "Van Gogh style"
 CPU = torch.device("cpu")
 
 
-class TinyViCLIP(ViCLIP):  # type: ignore[misc]  # lives in VBench's environment
+class TinyViCLIP(ViCLIP):
     def build_vision_encoder(self) -> Any:
         return VisionTransformer(224, 56, 32, 2, 2, output_dim=16).eval()
 
