@@ -89,6 +89,12 @@ def load_reported(db_url: str | None) -> list[Reported]:
         return list(session.scalars(select(Reported).order_by(Reported.id)))
 
 
+def measured_dict(row: Result) -> dict[str, Any]:
+    """A measured row with the fields of a published one (:func:`reported_dict`)."""
+    known = row.to_dict() | {"note": None, "formula": None}
+    return {field: known[field] for field in FIELDS}
+
+
 def reported_dict(row: Reported) -> dict[str, Any]:
     """A published row with the fields of a measured one (``Result.to_dict``), None where it says nothing.
 
@@ -138,8 +144,7 @@ def show(db_url: str | None, *, where: Iterable[str] = (), sort: str | None = No
     Raises:
         LeaderboardError: no such field or metric, a bad condition, or the database cannot be opened.
     """
-    nothing = {"note": None, "formula": None}
-    measured = [{field: (row | nothing)[field] for field in FIELDS} for row in (r.to_dict() for r in load(db_url))]
+    measured = [measured_dict(row) for row in load(db_url)]
     printed = [reported_dict(row) for row in load_reported(db_url)]
     metrics = {name for row in (*measured, *printed) for name in row["metrics"]}
     scalars = [field for field in FIELDS if field not in ("packages", "formula", "metrics")]

@@ -125,12 +125,13 @@ def record_preferences(db_url: str | None, path: Path) -> list[int]:
     return _store(db_url, Preference, found, CHECKS["preferences"][1])
 
 
-def record_claims(db_url: str | None, report_folder: Path) -> list[int]:
-    """Record the claims of a report; a new report in a folder of the same name replaces the old one's claims.
+def record_claims(db_url: str | None, report_folder: Path, *, name: str | None = None) -> list[int]:
+    """Record the claims of a report; a new report of the same name replaces the old one's claims.
 
     Args:
         db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
         report_folder: folder with a report.json that has ``claims``.
+        name: of the report; by default that of its folder.
 
     Returns:
         Ids of the rows, in the order of the report.
@@ -139,16 +140,16 @@ def record_claims(db_url: str | None, report_folder: Path) -> list[int]:
         LeaderboardError: the file is missing or malformed, or has no claims.
     """
     path = _file(report_folder, "report.json")
+    report = name or path.resolve().parent.name
 
     def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
         common = {
-            "report": path.resolve().parent.name,
+            "report": report,
             **{key: str(content.get(key) or "") for key in ("device", "code_revision", "command")},
         }
         return [_claim(row) | common for row in content["claims"]]
 
     found = _parse(path, rows, "a report with claims")
-    report = path.resolve().parent.name
     return _store(db_url, Claim, found, CHECKS["claims"][1], replaces=Claim.report == report)
 
 

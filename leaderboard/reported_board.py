@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from leaderboard import figures, published
 from leaderboard.board import slug
-from leaderboard.checks import TOTALS
+from leaderboard.checks import DIMENSIONS, TOTALS
 from leaderboard.display import Display
 from leaderboard.figures import Figure, Point, family
 from leaderboard.models import Reported
@@ -30,16 +30,18 @@ class ReportedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Disagreement:
-    """One model at one number of steps, printed with different totals in different places."""
+    """One model at one number of steps, printed with different figures of one score in different places."""
 
     name: str
+    score: str
+    """"total", or a dimension of VBench."""
     rows: list[Reported]
 
     @property
     def spread(self) -> float:
-        """Percent between the highest and the lowest total."""
-        totals = [row.scores["total"] for row in self.rows]
-        return max(totals) - min(totals)
+        """Percent between the highest and the lowest figure."""
+        figures = [row.scores[self.score] for row in self.rows]
+        return max(figures) - min(figures)
 
 
 def models(rows: Sequence[Reported]) -> list[ReportedModel]:
@@ -67,19 +69,22 @@ def ordered(rows: Sequence[Reported]) -> list[Reported]:
 
 
 def disagreements(rows: Sequence[Reported]) -> list[Disagreement]:
-    """Models printed with totals that differ by more than rounding, widest first; a teacher's steps are its own."""
-    found: dict[tuple[str, str, int | None], list[Reported]] = {}
+    """Models printed with figures of a score that differ by more than rounding: totals first, the widest first.
+
+    A teacher's steps are its own, so its rows are compared whether a source says the steps or not.
+    """
+    found: dict[tuple[str, str, str, int | None], list[Reported]] = {}
     for row in rows:
-        if "total" in row.scores:
-            steps = None if row.method == "teacher" else row.m
-            found.setdefault((row.teacher, row.method, steps), []).append(row)
+        steps = None if row.method == "teacher" else row.m
+        for score in ("total", *DIMENSIONS):
+            if score in row.scores:
+                found.setdefault((score, row.teacher, row.method, steps), []).append(row)
     cases = [
-        Disagreement(name=f"{teacher} {method}" + ("" if m is None else f", M = {m}"), rows=entries)
-        for (teacher, method, m), entries in found.items()
+        Disagreement(name=f"{teacher} {method}" + ("" if m is None else f", M = {m}"), score=score, rows=entries)
+        for (score, teacher, method, m), entries in found.items()
     ]
-    return sorted(
-        (case for case in cases if case.spread > published.TOTAL_TOLERANCE), key=lambda case: (-case.spread, case.name)
-    )
+    apart = [case for case in cases if case.spread > published.TOTAL_TOLERANCE]
+    return sorted(apart, key=lambda case: (case.score != "total", -case.spread, case.name))
 
 
 def reported_figures(rows: Sequence[Reported]) -> list[Figure]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +23,16 @@ from leaderboard.display import Display
 from leaderboard.errors import LeaderboardError
 from leaderboard.figures import Figure
 from leaderboard.models import Latency, Preference, Reported, Result, Thumbnail
-from leaderboard.page import environment, write_file
-from leaderboard.query import Evidence, load, load_evidence, load_reported, prompt_means, reported_dict, show
+from leaderboard.page import SiteFolder, environment
+from leaderboard.query import (
+    Evidence,
+    load,
+    load_evidence,
+    load_reported,
+    measured_dict,
+    prompt_means,
+    reported_dict,
+)
 from leaderboard.report import report_json
 
 SHEET = 8
@@ -58,7 +67,7 @@ def build_site(
     rows: Iterable[int] | None = None,
     clips: Mapping[int, Path] | None = None,
 ) -> Path:
-    """Write the site; files of an older one in the folder are replaced.
+    """Write the site; files of an older one in the folder are replaced, and those that are out of date deleted.
 
     Args:
         db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
@@ -72,8 +81,10 @@ def build_site(
         Path of index.html.
 
     Raises:
-        LeaderboardError: nothing to show, an unknown id, or a clip that cannot be read.
+        LeaderboardError: nothing to show, an unknown id, or a clip that cannot be read,
+            or the folder's list of files is damaged.
     """
+    folder = SiteFolder(out)
     results, reported, evidence = load(db_url, rows=rows), load_reported(db_url), load_evidence(db_url)
     if not (results or reported or evidence.claims or evidence.preferences or evidence.latencies):
         raise LeaderboardError(
@@ -93,8 +104,7 @@ def build_site(
     shown = [row for group in groups for row in group.rows]
     every = [figure for group in groups for figure in (*group.figures, *([group.radar] if group.radar else []))]
     every += [*drawn, *(figure for _, _, figure in studies if figure)]
-    kept = {row.id for row in shown}
-    table = [row for row in show(db_url) if row["source"] != "measured" or row["id"] in kept]
+    table = [*map(measured_dict, results), *map(reported_dict, reported)]
 
     templates = _templates()
     templates.globals |= {
@@ -116,32 +126,31 @@ def build_site(
         "devices": sorted({row.device for row in shown}),
         "revisions": sorted({row.code_revision for row in shown}),
     }
-    for folder in (out, out / "models", out / "figures"):
-        folder.mkdir(parents=True, exist_ok=True)
     for figure in every:
         for ending, content in (("svg", figure.svg), ("png", figure.png), ("pdf", figure.pdf)):
-            write_file(out / "figures" / f"{figure.name}.{ending}", content)
+            folder.write(f"figures/{figure.name}.{ending}", content)
     for model_page in pages.values():
         html = templates.get_template("site_model.html.j2").render(page=model_page, row=model_page.row)
-        write_file(out / "models" / f"{model_page.slug}.html", html)
+        folder.write(f"models/{model_page.slug}.html", html)
     for model in models:
         html = templates.get_template("site_reported.html.j2").render(model=model)
-        write_file(out / "models" / f"{model.slug}.html", html)
+        folder.write(f"models/{model.slug}.html", html)
     rows_to_compare = Markup(_comparable(groups, reported, pages))  # JSON without <, see there
     filled = {"compare": True, "preferences": studies, "claims": evidence.claims, "method": True}
     for name in (name for name, content in filled.items() if content):
         html = templates.get_template(f"site_{name}.html.j2").render(comparable=rows_to_compare)
-        write_file(out / f"{name}.html", html)
+        folder.write(f"{name}.html", html)
     for name in ("style.css", "site.css", "sort.js", "compare.js"):
-        write_file(out / name, str(templates.globals["asset"](name)))  # type: ignore[operator]
-    write_file(out / "leaderboard.md", templates.get_template("leaderboard.md.j2").render())
-    write_file(out / "leaderboard.csv", exports.as_csv(table))
-    write_file(out / "leaderboard.json", exports.as_json(table))
-    write_file(out / "leaderboard.tex", exports.as_latex(groups, reported))
+        folder.write(name, str(templates.globals["asset"](name)))  # type: ignore[operator]
+    folder.write("leaderboard.md", templates.get_template("leaderboard.md.j2").render())
+    folder.write("leaderboard.csv", exports.as_csv(table))
+    folder.write("leaderboard.json", exports.as_json(table))
+    folder.write("leaderboard.tex", exports.as_latex(groups, reported))
     summary = report_json(shown, command=command)
-    summary["rows"] += [_contract(row) for row in reported]
-    write_file(out / "report.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_file(out / "index.html", templates.get_template("site_index.html.j2").render())
+    summary["rows"] += _contracts(reported)
+    folder.write("report.json", exports.by_lines(summary))
+    folder.write("index.html", templates.get_template("site_index.html.j2").render())
+    folder.finish()
     return out / "index.html"
 
 
@@ -310,17 +319,21 @@ def _comparable(groups: Sequence[Group], reported: Sequence[Reported], pages: Ma
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _contract(row: Reported) -> dict[str, Any]:
-    """A published row as report.json has rows, with its source and flags; the name says the source, to be unique."""
-    values = reported_dict(row)
-    kept = {key: values[key] for key in ("role", "method", "m", "n", "h", "effective_nfe", "seconds_per_video")}
-    metrics = {
-        name: {key: entry[key] for key in ("value", "low", "high", "n")} for name, entry in values["metrics"].items()
-    }
-    return {
-        "name": f"{values['name']} ({row.source})",
-        **kept,
-        "metrics": metrics,
-        "source": row.source,
-        "flags": values["flags"],
-    }
+def _contracts(rows: Sequence[Reported]) -> list[dict[str, Any]]:
+    """Published rows as report.json has rows, with source and flags; the name says the source, and is made unique."""
+    found: list[dict[str, Any]] = []
+    names: Counter[str] = Counter()
+    for row in rows:
+        values = reported_dict(row)
+        name = f"{values['name']} ({row.source})"
+        names[name] += 1
+        kept = {key: values[key] for key in ("role", "method", "m", "n", "h", "effective_nfe", "seconds_per_video")}
+        metrics = {
+            metric: {key: entry[key] for key in ("value", "low", "high", "n")}
+            for metric, entry in values["metrics"].items()
+        }
+        number = f", row {names[name]}" if names[name] > 1 else ""
+        found.append(
+            {"name": name + number, **kept, "metrics": metrics, "source": row.source, "flags": values["flags"]}
+        )
+    return found

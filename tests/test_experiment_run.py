@@ -181,11 +181,15 @@ def test_the_report_states_rows_claims_and_the_command(world: Path, finished: Pa
 
 
 def test_the_cells_are_recorded_with_their_seeds(finished: Path):
-    from leaderboard.query import show
+    from leaderboard.query import load_evidence, show
 
     rows = show(f"sqlite:///{finished / 'tmd-eval.db'}")
     assert len(rows) == 6
     assert "TMD-N2H2, M = 2, seed 1" in {row["name"] for row in rows}
+    report = json.loads((finished / "report" / "report.json").read_text())
+    claims = load_evidence(f"sqlite:///{finished / 'tmd-eval.db'}").claims
+    assert [claim.claim for claim in claims] == [claim["claim"] for claim in report["claims"]]
+    assert {claim.report for claim in claims} == {"experiment"}  # named after its file
 
 
 def test_both_ablations_share_one_training(finished: Path):

@@ -34,7 +34,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> str:
 def bundle(board: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "ours.zip"
     done = export_bundle(board, path, lab="Lab A")
-    assert done["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and done["rows"] == 3 + 3 + 69 + 2 + 2 + 2
+    assert done["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and done["rows"] == 3 + 3 + 75 + 2 + 2 + 2
     return path
 
 
@@ -48,8 +48,8 @@ def test_two_labs_join_their_boards(board: str, bundle: Path, tmp_path: Path) ->
     mine_alone = make_run(tmp_path, STUDENT, prompts=1)
     edit(mine_alone / "config.yaml", seed=9)
     record_run(db, mine_alone)
-    assert import_bundle(db, bundle) == {"added": 81, "unchanged": 0, "kept": 0}
-    assert import_bundle(db, bundle) == {"added": 0, "unchanged": 81, "kept": 0}
+    assert import_bundle(db, bundle) == {"added": 87, "unchanged": 0, "kept": 0}
+    assert import_bundle(db, bundle) == {"added": 0, "unchanged": 87, "kept": 0}
     assert [row for row in plain(db) if row["prompts_count"] != 1] == plain(board)
     assert len(rows(db, VideoScore)) == len(rows(board, VideoScore)) == 180
     (mine, *others) = load(db)
@@ -62,7 +62,7 @@ def test_two_labs_join_their_boards(board: str, bundle: Path, tmp_path: Path) ->
     assert page.read_text().count('class="thumbnail"') == 4 and "Lab A" in page.read_text()
     assert check_folder(tmp_path / "site") == []
     export_bundle(db, tmp_path / "on.zip")  # and the next lab gets the thumbnails too
-    assert import_bundle(str(tmp_path / "third.db"), tmp_path / "on.zip")["added"] == 82
+    assert import_bundle(str(tmp_path / "third.db"), tmp_path / "on.zip")["added"] == 88
     assert len(rows(str(tmp_path / "third.db"), Thumbnail)) == 12 + 1
 
 
@@ -156,7 +156,7 @@ def test_a_row_that_differs_is_kept_as_it_is_here(bundle: Path, tmp_path: Path) 
     import_bundle(db, bundle)
     before = plain(db)
     forged = repack(bundle, tmp_path / "forged.zip", metric("frechet", value=0.5, low=0.4, high=0.6))
-    assert import_bundle(db, forged) == {"added": 0, "unchanged": 80, "kept": 1}
+    assert import_bundle(db, forged) == {"added": 0, "unchanged": 86, "kept": 1}
     assert plain(db) == before
 
 
@@ -164,7 +164,7 @@ def test_the_senders_hash_is_compared(bundle: Path, tmp_path: Path) -> None:
     digest = hashlib.sha256(bundle.read_bytes()).hexdigest()
     with pytest.raises(LeaderboardError, match="changed on its way"):
         import_bundle(str(tmp_path / "r.db"), bundle, sha256="0" * 64)
-    assert import_bundle(str(tmp_path / "r.db"), bundle, sha256=digest.upper())["added"] == 81
+    assert import_bundle(str(tmp_path / "r.db"), bundle, sha256=digest.upper())["added"] == 87
 
 
 def test_what_is_no_zip_is_refused(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_commands(board: str, tmp_path: Path) -> None:
     done = json.loads(call("export", "--out", out, "--lab", "A", "--db", board, "--json"))
     assert list(done) == ["bundle", "rows", "sha256"]
     counts = json.loads(call("import", out, "--sha256", done["sha256"], "--db", db, "--json"))
-    assert counts == {"added": 81, "unchanged": 0, "kept": 0}
+    assert counts == {"added": 87, "unchanged": 0, "kept": 0}
     root = Path(board).parent
     assert json.loads(call("add", str(root / "latency.json"), "--db", db, "--json")) == {"rows": [1, 2]}
     assert call("add", str(root / "preferences.json"), "--db", db).startswith("2 rows of")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from sqlalchemy import insert, select
 
+from leaderboard.board import slug
 from leaderboard.checks import DIMENSIONS, QUALITY_DIMENSIONS, SEMANTIC_DIMENSIONS, total_of
 from leaderboard.database import writing
 from leaderboard.errors import LeaderboardError
@@ -153,7 +155,7 @@ def test_every_link_stays_inside_and_every_picture_has_a_text(site: Path) -> Non
     names = {path.name for path in site.glob("*")}
     assert names == {
         "index.html", "compare.html", "preferences.html", "claims.html", "method.html", "models", "figures",
-        "style.css", "site.css", "sort.js", "compare.js", "report.json",
+        "style.css", "site.css", "sort.js", "compare.js", "report.json", "files.json",
         "leaderboard.md", "leaderboard.csv", "leaderboard.json", "leaderboard.tex",
     }  # fmt: skip
     figures = sorted(path.name for path in (site / "figures").iterdir())
@@ -167,13 +169,13 @@ def test_the_published_board_is_committed_as_it_is_built(tmp_path: Path) -> None
     committed = Path(__file__).parents[1] / "reports" / "published"
     report = json.loads((committed / "report.json").read_text())
     assert report["command"] == "tmd-eval leaderboard build --published --out reports/published"
-    assert check_folder(committed) == [] and len(report["rows"]) == 69
+    assert check_folder(committed) == [] and len(report["rows"]) == 75
     db = str(tmp_path / "r.db")
     import_published(db)
     build_site(db, tmp_path / "again", title=PUBLISHED_TITLE, command=report["command"])
     fresh, old = files(tmp_path / "again"), files(committed)
     assert sorted(fresh) == sorted(old)
-    text = [name for name in fresh if not name.startswith("figures/") and not name.startswith("index")]
+    text = [name for name in fresh if not name.startswith(("figures/", "index", "files.json"))]
     assert all(fresh[name] == old[name] for name in text)  # figures depend on matplotlib's version
     assert sum(map(len, old.values())) < 2_000_000
     pairs = list(compare(figures(committed), figures(tmp_path / "again")))  # as tmd-eval rerun does
@@ -187,7 +189,7 @@ def test_measured_and_reported_rows_share_no_table(site: Path) -> None:
     assert measured and all("arXiv:2601.09881" not in table for table in measured)
     (printed,) = (table for table in tables if "Wan2.1 1.3B TMD-N2H5" in table)
     assert "Rank" not in printed and printed.count("formula 84.798") == 2
-    assert "2 of 69 rows contradict themselves" in index
+    assert "2 of 75 rows contradict themselves" in index
 
 
 def test_a_row_that_lacks_a_dimension_is_shown_without_total_or_rank(site: Path) -> None:
@@ -219,7 +221,7 @@ def test_the_same_database_gives_the_same_site(board: str, site: Path, tmp_path:
 
 def test_exports_hold_every_row(site: Path) -> None:
     rows = json.loads((site / "leaderboard.json").read_text())
-    assert len(rows) == 3 + 3 + 69 and not {"run", "id"} & set(rows[0])
+    assert len(rows) == 3 + 3 + 75 and not {"run", "id"} & set(rows[0])
     lines = list(csv.DictReader((site / "leaderboard.csv").open()))
     assert (
         len(lines) == len(rows) and float(lines[0]["alignment_joint"]) == rows[0]["metrics"]["alignment_joint"]["value"]
@@ -228,7 +230,7 @@ def test_exports_hold_every_row(site: Path) -> None:
     assert latex.count(r"\begin{tabular}") == 3 and r"total\_mismatch" in latex and "84.80" not in latex
     assert "| Wan2.1 1.3B TMD-N2H5 | 2 | 2 | 5 | 2.33 | 84.68 |" in (site / "leaderboard.md").read_text()
     report = json.loads((site / "report.json").read_text())
-    assert len({row["name"] for row in report["rows"]}) == len(report["rows"]) == 75
+    assert len({row["name"] for row in report["rows"]}) == len(report["rows"]) == 81
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -271,6 +273,34 @@ def test_a_browser_compares_two_rows(site: Path, tmp_path: Path) -> None:
     assert 'form id="choose"' in page and "paired on 30 prompts" in page
     page, log = browse(site / "index.html", tmp_path)
     assert "CONSOLE" not in log and page.count('type="search"') == 1  # the long table has a filter
+
+
+def test_pages_that_are_out_of_date_go_and_nothing_else_does(tmp_path: Path) -> None:
+    db, out = str(tmp_path / "r.db"), tmp_path / "site"
+    for name in (TEACHER, STUDENT, UNDISTILLED):
+        record_run(db, make_run(tmp_path, name, prompts=1))
+    build_site(db, out, command="c", clips={})
+    pages = {row.name: next((out / "models").glob(f"{slug(row.name)}-{row.key[:8]}.html")) for row in load(db)}
+    edited = next(page for name, page in pages.items() if name.startswith(UNDISTILLED))
+    edited.write_text("mine now")
+    (out / "models" / "notes.html").write_text("mine")
+    (tmp_path / "outside.html").write_text("mine")
+    listed = json.loads((out / "files.json").read_text())
+    listed["files"]["../outside.html"] = hashlib.sha256(b"mine").hexdigest()
+    (out / "files.json").write_text(json.dumps(listed))
+    with writing(db) as session:
+        for row in session.scalars(select(Result).where(Result.role != "teacher")):
+            session.delete(row)
+    build_site(db, out, command="c", clips={})
+    gone = next(page for name, page in pages.items() if name.startswith(STUDENT))
+    assert not gone.exists() and edited.read_text() == "mine now"
+    assert (out / "models" / "notes.html").read_text() == (tmp_path / "outside.html").read_text() == "mine"
+    before = files(out)
+    build_site(db, out, command="c", clips={})
+    assert files(out) == before
+    (out / "files.json").write_text("[]")
+    with pytest.raises(LeaderboardError, match="the list of what the last build wrote"):
+        build_site(db, out, command="c", clips={})
 
 
 def test_empty_and_unknown(tmp_path: Path) -> None:

@@ -39,13 +39,16 @@ def add(
     """
     from leaderboard.record import record_claims, record_latency, record_preferences, record_run
 
+    def claims(db: str | None, path: Path) -> list[int]:
+        return record_claims(db, path.parent if path.name == "report.json" else path, name=name)
+
     for file, record in (
         ("latency.json", record_latency),
         ("preferences.json", record_preferences),
-        ("report.json", record_claims),
+        ("report.json", claims),
     ):
         if run.name == file or (not (run / "config.yaml").is_file() and (run / file).is_file()):
-            rows = record(db, run.parent if run.name == "report.json" else run)
+            rows = record(db, run)
             typer.echo(json.dumps({"rows": rows}) if as_json else f"{len(rows)} rows of {run}")
             return
     row = record_run(db, run, name=name)

@@ -183,7 +183,16 @@ def write_report(options: Options, folder: Path | None = None) -> Path:
     content = collect(loaded, plan, options.out, command=options.command)
     if not content.rows:
         raise ConfigError(f"{options.out} holds no finished cell yet; run: {options.command}")
-    return write(content, folder or options.out / "report")
+    page = write(content, folder or options.out / "report")
+    _record_claims(options, page)
+    return page
+
+
+def _record_claims(options: Options, page: Path) -> None:
+    """Put the report's claims into the run's database, in place of those of an older report."""
+    from leaderboard.record import record_claims
+
+    record_claims(f"sqlite:///{options.out / 'tmd-eval.db'}", page.parent, name=options.file.stem)
 
 
 def _report(options: Options, loaded: Loaded, plan: Plan, *, changed: bool) -> Path | None:
@@ -198,7 +207,9 @@ def _report(options: Options, loaded: Loaded, plan: Plan, *, changed: bool) -> P
     if not content.rows:
         return None
     print("writing the report", file=sys.stderr)
-    return write(content, options.out / "report")
+    page = write(content, options.out / "report")
+    _record_claims(options, page)
+    return page
 
 
 def _complain(options: Options, outcome: Outcome) -> None:
