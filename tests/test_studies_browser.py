@@ -1,4 +1,4 @@
-"""A whole study in Debian's chromium, desktop and phone: keys, watch gate, resuming, break, withdrawal, code."""
+"""A whole study in Debian's chromium, desktop and phone: keys, watch gate, resuming, break, withdrawal, contrast."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Visit:
         self.page.wait_for_selector("#study h1, #study video")
 
     def heading(self) -> str:
-        self.page.wait_for_selector("#study h1")
-        return str(self.page.inner_text("#study h1"))
+        self.page.wait_for_selector(".card h1")
+        return str(self.page.inner_text(".card h1"))
 
     def begin(self) -> None:
         assert self.heading() == "Before you start"
@@ -99,8 +99,8 @@ def test_a_whole_study_by_keyboard(browser: Any, served: Served):
     assert page.locator("#study input[type=radio]:checked").count() == 0, "locked until both clips were watched"
     screens, trials, drift, shown = [], 0, [], set()
     while True:
-        page.wait_for_selector("#study h1, #study input[type=radio]:enabled")
-        if page.locator("#study h1").count():
+        page.wait_for_selector(".card h1, #study input[type=radio]:enabled")
+        if page.locator(".card h1").count():
             screens.append(visit.heading())
             if screens[-1] == "Thank you!":
                 break
@@ -133,7 +133,7 @@ def test_a_whole_study_by_keyboard(browser: Any, served: Served):
         shown.add(before)
         page.keyboard.press("Enter")
         page.wait_for_function(
-            "before => document.querySelector('#study h1') || document.querySelector('.prompt').innerText !== before "
+            "before => document.querySelector('.card h1') || document.querySelector('.prompt').innerText !== before "
             "|| document.querySelectorAll('#study input[type=radio]:enabled').length === 0", arg=before,
         )  # fmt: skip
         trials += 1
@@ -179,6 +179,39 @@ def test_on_a_phone_by_touch_and_withdrawal(browser: Any, served: Served):
     visit.context.close()
 
 
+CONTRAST = """() => {
+  const light = (text) => {
+    const [r, g, b] = text.match(/[0-9.]+/g).map(Number).map((v) => v / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("#study *")) {
+    const text = [...node.childNodes].filter((child) => child.nodeType === 3).map((child) => child.data).join("");
+    if (!text.trim() || !node.checkVisibility() || node.closest(":disabled, .heard")) continue;
+    let below = node;
+    while (getComputedStyle(below).backgroundColor === "rgba(0, 0, 0, 0)") below = below.parentElement;
+    const pair = [getComputedStyle(node).color, getComputedStyle(below).backgroundColor].map(light);
+    found.push([(Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05), text]);
+  }
+  return found;
+}"""
+"""Contrast of every visible text with what lies below it, by WCAG 2.2."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read_whatever_the_system_prefers(browser: Any, served: Served, scheme: str):
+    visit = Visit(browser, served, f"eyes-{scheme}", color_scheme=scheme)
+    visit.open()
+    found = visit.page.evaluate(CONTRAST)
+    visit.begin()
+    visit.unlocked()
+    visit.page.keyboard.press("1")
+    found += visit.page.evaluate(CONTRAST)
+    assert len(found) > 20 and min(found)[0] >= 4.5, sorted(found)[:5]
+    visit.context.close()
+
+
 def test_everything_has_a_name_for_screen_readers(browser: Any, served: Served):
     visit = Visit(browser, served, "reader")
     visit.open()
@@ -194,6 +227,9 @@ def test_everything_has_a_name_for_screen_readers(browser: Any, served: Served):
                 "|| (n.querySelector('legend') || {}).innerText"
             )
             assert name and name.strip(), node
+    assert page.evaluate("document.activeElement.innerText") == "Practice", "a new comparison is said"
+    assert page.locator("h1").count() == 1 and page.locator("main").count() == 1
+    assert page.locator("#study video[aria-label]").count() == 2
     assert page.locator("#study [role=status]").count() == 1
     assert page.locator("#study [role=alert]").count() == 1
     page.keyboard.press("Tab")  # the ring is for those who use the keyboard

@@ -27,7 +27,7 @@ def mount_page(app: FastAPI, texts: dict[str, Any]) -> FastAPI:
     title = escape(str(texts["title"]))
     noscript = "<noscript>This page needs JavaScript.</noscript>"
     with gr.Blocks(title=str(texts["title"]), analytics_enabled=False) as blocks:
-        gr.HTML(f'<main id="study" lang="{escape(str(texts["lang"]))}"><p>{title}</p>{noscript}</main>')
+        gr.HTML(f'<div id="study" lang="{escape(str(texts["lang"]))}"><p>{title}</p>{noscript}</div>')
     return gr.mount_gradio_app(
         app,
         blocks,

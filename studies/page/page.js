@@ -119,7 +119,7 @@
       el("div", { class: "row" }, go(I.go, back))));
   }
 
-  const restBreak = () => show(card(T.break.heading, el("p", {}, fill(T.break.text, state)),
+  const restBreak = () => show(card(T.break.heading, progress(), el("p", {}, fill(T.break.text, state)),
     el("div", { class: "row" }, go(T.break.go, () => screens.trial()))));
 
   function withdraw() {
@@ -129,13 +129,13 @@
   }
 
   function feedback(rights, next) {
-    const lines = Object.entries(rights).filter(([, right]) => right.expected).map(([question, right]) => {
-      const name = T.trial.question[question];
-      return el("p", {}, right.expected === right.given ? fill(T.feedback.right, { question: name })
-        : fill(T.feedback.wrong, { question: name, answer: T.trial[right.expected] }));
-    });
+    const lines = Object.entries(rights).filter(([, right]) => right.expected).map(([question, right]) =>
+      el("p", {}, el("strong", {}, T.trial.question[question]), " ", right.expected === right.given ? T.feedback.right
+        : fill(T.feedback.wrong, { answer: T.trial[right.expected] })));
     show(card(T.feedback.heading, ...lines, el("div", { class: "row" }, go(T.feedback.next, () => follow(next)))));
   }
+
+  const progress = () => el("progress", { max: state.total, value: state.done, "aria-label": fill(T.trial.progress, state) });
 
   function drawTrial() {
     const trial = state.trial, X = T.trial;
@@ -256,13 +256,15 @@
     const release = () => { both.forEach((video) => video.pause()); urls.forEach((url) => URL.revokeObjectURL(url)); };
 
     const bar = el("div", { class: "bar" },
-      trial.practice ? el("span", { class: "tag" }, X.practice) : null,
-      el("div", { class: "grow" }, el("progress", { max: state.total, value: state.done, "aria-label": fill(X.progress, state) })),
-      el("span", { class: "count" }, fill(X.progress, state)),
+      trial.practice ? el("span", { class: "tag", "aria-hidden": "true" }, X.practice) : null,
+      el("div", { class: "grow" }, progress()),
+      el("span", { class: "count", "aria-hidden": "true" }, fill(X.progress, state)),
       el("button", { type: "button", onclick: () => { release(); instructions(() => screens.trial()); } }, X.help),
       el("button", { type: "button", onclick: () => { release(); withdraw(); } }, X.withdraw));
     const legend = [["Space", `${X.play}/${X.pause}`], ["R", X.restart], ["S", X.slow], ["F", X.enlarge_left], ["J", X.enlarge_right]];
-    show(el("section", { "aria-label": T.title }, bar,
+    // The heading is for screen readers: it takes the focus, so that they say which comparison has come.
+    const heading = trial.practice ? X.practice : fill(X.heading, { number: state.done + 1, total: state.total });
+    show(el("section", { "aria-label": T.title }, el("h1", { class: "heard" }, heading), bar,
       el("p", { class: "prompt" }, el("span", {}, X.prompt), trial.prompt),
       el("div", { class: "clips" }, figures.left, figures.right),
       el("div", { class: "controls" }, toggler, button(X.restart, "R", replay), slow,
