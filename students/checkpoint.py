@@ -296,7 +296,7 @@ def open_checkpoint(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "offload": offload, "vae_tiling": vae_tiling}
     path = Path(ref).expanduser()
     if (path / "student.json").is_file():
-        return _open_student(path, base_of_student(path, **options), str(ref), path.resolve().name)
+        return _open_student(path, base_of_student(path, **options), str(ref), _table_name(path.resolve()))
     if path.is_file():
         found = open_file(path, **options)
         return Checkpoint(str(ref), path.stem, found.hash, found.base, found.spec, found.network)
@@ -329,6 +329,11 @@ def base_of_student(folder: Path, **options: Any) -> Base:
             f"{base.hash[:12]}; restore the base model."
         )
     return base
+
+
+def _table_name(folder: Path) -> str:
+    """The folder's name; of a run's ``checkpoint/``, which they all have, the run's."""
+    return folder.parent.name if folder.name == "checkpoint" and folder.parent.name else folder.name
 
 
 def _open_student(folder: Path, base: Base, ref: str, name: str) -> Checkpoint:

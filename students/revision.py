@@ -20,4 +20,8 @@ def code_revision() -> str:
         git("ls-files", "--error-unmatch", here.name)
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
+        pass
+    try:
         return f"tmd-eval {importlib.metadata.version('tmd-eval')}"
+    except importlib.metadata.PackageNotFoundError:  # files that were copied somewhere
+        return "unknown"

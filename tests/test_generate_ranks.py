@@ -24,7 +24,7 @@ def test_two_ranks_make_the_set_of_one(tmp_path: Path) -> None:
     def run(*launcher: str, out: str) -> dict[str, object]:
         done = subprocess.run(
             [sys.executable, *launcher, *words, "--out", str(tmp_path / out)], capture_output=True, text=True,
-            env=environment, timeout=240,
+            env=environment, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout)  # one rank speaks

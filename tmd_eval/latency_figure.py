@@ -45,9 +45,10 @@ def latency_figure(rows: Sequence[dict[str, Any]], device: str, kind: str) -> by
                 label=LABELS[part] if part not in {p for r in rows[:place] for p in PARTS if r["seconds"][p]} else None,
             )  # fmt: skip
             if share >= 7:
-                dark = part in ("backbone", "text", "write")
+                dark = part in ("backbone", "text")
+                plain = {"facecolor": COLOURS[part], "edgecolor": "none", "pad": 1.5}  # hatching hides digits
                 axes.text(
-                    left + share / 2, place, f"{share:.0f}", ha="center", va="center", fontsize=8.5,
+                    left + share / 2, place, f"{share:.0f}", ha="center", va="center", fontsize=8.5, bbox=plain,
                     color="white" if dark else "#1b1f24",
                 )  # fmt: skip
             left += share
@@ -61,7 +62,12 @@ def latency_figure(rows: Sequence[dict[str, Any]], device: str, kind: str) -> by
     axes.tick_params(axis="y", length=0)
     axes.set_title(device, fontsize=9, loc="left", parse_math=False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8.5)
+    named = dict(zip(labels, handles, strict=True))
+    order = [LABELS[part] for part in PARTS if LABELS[part] in named]  # of the bars, whichever model has a part first
+    figure.legend(
+        [named[label] for label in order], order, loc="outside lower center", ncols=len(order), frameon=False,
+        fontsize=8.5,
+    )  # fmt: skip
     out = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "tmd-eval", "svg.fonttype": "none"}):
         figure.savefig(out, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)

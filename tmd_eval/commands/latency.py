@@ -73,17 +73,16 @@ def latency(
     if json_:
         typer.echo(json.dumps(result))
         return
-    columns = ("text", "backbone", "head", "VAE", "file", "total", "p95")
+    titles = {"text": "text", "backbone": "backbone", "head": "head", "vae": "VAE", "write": "file"}
+    columns = (*titles.values(), "total", "p95")
     heads = " ".join(f"{name:>9}" for name in columns)
     typer.echo(f"{'model':28} {'eff. NFE':>8} {'batch':>5} {heads}  most time")
     for row in rows:
         seconds = row["seconds"]
         shown = " ".join(
-            f"{seconds[part]['median']:9.4g}" if seconds[part] else f"{'-':>9}"
-            for part in ("text", "backbone", "head", "vae", "write", "total")
+            f"{seconds[part]['median']:9.4g}" if seconds[part] else f"{'-':>9}" for part in (*titles, "total")
         )
         nfe = f"{row['effective_nfe']:.4g}" + ("x2" if row["guidance"] > 1 else "")
-        typer.echo(
-            f"{row['name'][:28]:28} {nfe:>8} {row['batch']:>5} {shown} {seconds['total']['p95']:9.4g}  {dominant(row)}"
-        )
+        most, p95 = titles[dominant(row)], seconds["total"]["p95"]
+        typer.echo(f"{row['name'][:28]:28} {nfe:>8} {row['batch']:>5} {shown} {p95:9.4g}  {most}")
     typer.echo(f"seconds a batch, median of {repeats}; {out / 'latency.png'}", err=True)
