@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import pickle
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -61,6 +62,28 @@ def test_wrong_files_are_told_apart(path: str, content: bytes, reason: str, tmp_
     copy = tmp_path / "copy"
     copy.write_bytes(content)
     assert reason in str(weights.problem(BY_PATH[path], copy))
+
+
+def test_a_cut_file_of_the_old_format_is_truncated(tmp_path: Path) -> None:
+    import torch
+
+    path = tmp_path / "raft-things.pth"
+    shared = torch.arange(50.0)
+    state = {"module.a": shared[:20], "module.b": shared, "c": torch.ones(7, dtype=torch.int64), "epoch": 3}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    file, whole = BY_PATH["raft_model/models/raft-things.pth"], path.read_bytes()
+    assert weights.problem(file, path, unverified=True) is None
+    for length in (3, 40, len(whole) // 2, len(whole) - 60, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert weights.problem(file, path, unverified=True) == "is truncated or damaged", length
+    path.write_bytes(whole + b"more")
+    assert weights.problem(file, path, unverified=True) == "is truncated or damaged"
+    path.write_bytes(pickle.dumps({"a": 1}))  # somebody's own pickle announces nothing
+    assert weights.problem(file, path, unverified=True) is None
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    weights.problem(file, path, unverified=True)
+    path.write_bytes(b"\x80\x02cos\nsystem\n(X" + len(b"false").to_bytes(4, "little") + b"falsetR.")
+    assert weights.problem(file, path, unverified=True) is None and not (tmp_path / "ran").exists()  # nothing was run
 
 
 def test_a_hash_that_differs_is_refused_unless_asked_for(own_home: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from students.errors import ConfigError, EnvironmentMissingError, TmdError
 from students.machine import home
 from tmd_eval.files import TEMPORARY, disk_full, is_disk_full, write_json
+from tmd_eval.vbench import torch_file
 from tmd_eval.vbench.dimensions import weights_of
 from tmd_eval.vbench.weights_manifest import BY_PATH, FILES, WeightFile
 
@@ -275,6 +276,8 @@ def _format_problem(file: WeightFile, path: Path) -> str | None:
             return "is truncated"
         if not zipped and head[:1] != b"\x80":
             return "is not a file of torch.save"
+        if not zipped and not torch_file.is_whole(path):
+            return "is truncated or damaged"
         if file.kind == "torchscript":
             names = zipfile.ZipFile(path).namelist() if zipped else []
             if not any("/code/" in name for name in names):
