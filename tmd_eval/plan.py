@@ -28,8 +28,6 @@ WAN: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
 """Shapes of Wan2.1, so that a plan needs no download."""
-CYCLE = 60
-"""Iterations over which costs are averaged: a multiple of every alternation in use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,9 @@ class Plan:
     flops_forward: float
     """Of one forward pass of the teacher on one sample."""
     flops_iteration: float
-    """Of one iteration over the whole batch, averaged over the alternation; without repeated forwards."""
+    """Of one iteration over the whole batch, averaged over the run; without repeated forwards."""
+    flops_setup: float
+    """Of what is made once before it, such as a KD warm-up's trajectories."""
     memory: Memory
     """Of one GPU."""
 
@@ -150,7 +150,8 @@ def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None) -> Pla
     method, teacher = build(config, sizes, "meta")
     networks: dict[str, nn.Module] = {"teacher": teacher, **method.networks}
     shape = Shape(blocks=blocks, h=config.student.h if config.kind.flow_head else None)
-    costs = [config.kind.cost(config.method, iteration, shape).total for iteration in range(1, CYCLE + 1)]
+    cost = sum(config.kind.cost(config.method, i, shape).total for i in range(1, config.iterations + 1))
+    setup = config.kind.setup_cost(config.method, shape).total if config.kind.setup_cost else 0.0
     one = block_flops(sizes)
     counted = activation_bytes(config, sizes)
     memories = [
@@ -160,8 +161,8 @@ def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None) -> Pla
     return Plan(
         config=config, gpus=gpus,
         parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
-        flops_forward=one * blocks, flops_iteration=one * sum(costs) / CYCLE * config.batch,
-        memory=max(memories, key=lambda memory: memory.total),
+        flops_forward=one * blocks, flops_iteration=one * cost / config.iterations * config.batch,
+        flops_setup=one * setup, memory=max(memories, key=lambda memory: memory.total),
     )  # fmt: skip
 
 
@@ -178,9 +179,13 @@ def _memory(
     moving = sum(trained[name] for name in turn)
     exchange = max(trained[name] for name in turn) if gpus > 1 and not sharded else 0
     if sharded:  # a block and the next one of the widest network, and a flow head that stays
-        width = 2 if low else 4
-        gathered = 2 * width * max(_block(network) for network in networks.values())
-        gathered += width * _kept_gathered(networks)
+        width = {name: 2 if low else 4 for name in networks}
+        outer = dict(width)
+        if config.kind.differentiates:  # also runs outside autocast: a plain student, or the head and outer layers
+            outer["student"] = 4
+            width["student"] = width["student"] if config.kind.flow_head else 4
+        gathered = 2 * max(width[name] * _block(network) for name, network in networks.items())
+        gathered += max(outer[name] * _kept_gathered(network) for name, network in networks.items())
     else:  # autocast keeps a bf16 copy of what it multiplies until the backward pass is over
         gathered = 2 * moving if low else 0
     return Memory(
@@ -212,15 +217,11 @@ def _block(network: nn.Module) -> int:
     return sum(p.numel() for p in first.parameters())
 
 
-def _kept_gathered(networks: dict[str, nn.Module]) -> int:
-    """Parameters that stay gathered: a flow head, and the outer layers of the network that has most of them."""
-    count = 0
-    for network in networks.values():
-        blocks = _sharded_blocks(network)
-        within = {id(p) for block in blocks for p in block.parameters()}
-        rest = sum(p.numel() for p in network.parameters() if id(p) not in within)
-        count = max(count, rest if blocks else 0)
-    return count
+def _kept_gathered(network: nn.Module) -> int:
+    """Parameters that stay gathered: outer layers, and a flow head; none of a network without blocks."""
+    blocks = _sharded_blocks(network)
+    within = {id(p) for block in blocks for p in block.parameters()}
+    return sum(p.numel() for p in network.parameters() if id(p) not in within) if blocks else 0
 
 
 def advice(plan: Plan, gpu_memory: float) -> list[tuple[str, Plan]]:

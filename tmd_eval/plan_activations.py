@@ -13,21 +13,22 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from students.build import new_student
 from students.config import TrainConfig
-from students.method import Batch, Method
+from students.kd import KDConfig, Trajectories
+from students.method import Batch, Method, Shape
 from students.parallel import store_low
 from students.tmd import TMDStudent
 
@@ -80,25 +81,55 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any)
         return _plain_attention(query, key, value)
 
 
-def _no_autocast(device: str, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-    return nullcontext()
+class _Autocast:
+    """Autocast's place on the meta device, which has none: networks lie in bf16 already, and leave it where a run does.
+
+    Args:
+        wide: float32 stand-ins of the parameters, by which passes outside autocast compute.
+    """
+
+    def __init__(self, wide: dict[nn.Parameter, Tensor]) -> None:
+        self.wide = wide
+
+    @contextmanager
+    def __call__(self, device: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Iterator[None]:
+        if enabled:
+            yield
+            return
+        narrow = {parameter: parameter.data for parameter in self.wide}
+        for parameter, data in self.wide.items():
+            parameter.data = data
+        try:
+            yield
+        finally:
+            for parameter, data in narrow.items():
+                parameter.data = data
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
+def without_values(networks: Iterable[nn.Module] = ()) -> Iterator[list[Tensor]]:
     """What a pass on the meta device needs, where torch has no rule of its own.
 
     Fused attention, which keeps O(S) as GPUs do instead of the S x S matrix of torch's fallback; masks, whose count
-    nobody knows, that take every sample; and no autocast, which the meta device lacks.
+    nobody knows, that take every sample; and, for autocast, which the meta device lacks, networks that lie in bf16 but
+    compute in float32 where the method leaves autocast.
+
+    Args:
+        networks: in bf16.
+
+    Yields:
+        The float32 stand-ins of their weights, which a real run has instead.
     """
     masks = shape_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    low = [p for network in networks for p in network.parameters() if p.dtype == torch.bfloat16]
+    wide = {p: torch.empty_like(p, dtype=torch.float32, requires_grad=False) for p in low}
     with (
         masks,
         patch.object(F, "scaled_dot_product_attention", _fused),
-        patch.object(torch, "autocast", _no_autocast),
-        patch.object(torch, "is_autocast_enabled", lambda *device: False),
+        patch.object(torch, "autocast", _Autocast(wide)),
+        patch.object(torch, "is_autocast_enabled", lambda *device: bool(wide)),
     ):
-        yield
+        yield list(wide.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +168,32 @@ def build(config: TrainConfig, sizes: Sizes, device: str) -> tuple[Method, WanTr
     return method, teacher
 
 
+def blank_batch(config: TrainConfig, sizes: Sizes, device: str) -> Batch:
+    """One pair of zeros, or the kind of batch that the method trains on."""
+    latents = torch.zeros(1, *sizes.latent, device=device)
+    text = torch.zeros(1, sizes.text_length, sizes.transformer["text_dim"], device=device)
+    if isinstance(config.method, KDConfig):
+        times = torch.linspace(0.999, 0.2, 5, dtype=torch.float64)
+        return Trajectories(
+            latents=latents, text=text, points=latents[:, None].expand(-1, 5, *sizes.latent), times=times
+        )
+    return Batch(latents=latents, text=text)
+
+
+def costliest_turns(config: TrainConfig, method: Method, blocks: int) -> dict[tuple[str, ...], int]:
+    """For every kind of turn that the run has, its iteration of most block passes: the one with all terms of the loss.
+
+    A warm-up may leave terms out for thousands of iterations, so the first turn of a kind does not stand for the rest.
+    """
+    shape = Shape(blocks=blocks, h=config.student.h if config.kind.flow_head else None)
+    most: dict[tuple[str, ...], tuple[float, int]] = {}
+    for iteration in range(1, config.iterations + 1):
+        turn, cost = method.turn(iteration), config.kind.cost(config.method, iteration, shape).total
+        if turn not in most or cost > most[turn][0]:
+            most[turn] = cost, iteration
+    return {turn: iteration for turn, (_, iteration) in most.items()}
+
+
 def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dict[tuple[str, ...], int]:
     """Bytes one pass of one pair needs beside weights and gradients, for every kind of turn; counted in full.
 
@@ -149,21 +206,18 @@ def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dic
         Names of the networks that move to the largest number of live bytes.
     """
     method, teacher = build(config, sizes, device)
-    batch = Batch(
-        latents=torch.zeros(1, *sizes.latent, device=device),
-        text=torch.zeros(1, sizes.text_length, sizes.transformer["text_dim"], device=device),
-    )
+    batch = blank_batch(config, sizes, device)
     for network in method.networks.values():
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
     found: dict[tuple[str, ...], int] = {}
-    turns = {method.turn(iteration): iteration for iteration in range(40, 0, -1)}
-    for turn, iteration in turns.items():
+    for turn, iteration in costliest_turns(config, method, sizes.transformer["num_layers"]).items():
         live = LiveBytes(device)
         networks = (teacher, *method.networks.values())
         live.know(p for network in networks for p in network.parameters())
         live.know(p.grad for network in networks for p in network.parameters() if p.grad is not None)
-        with without_values() if device == "meta" else nullcontext(), live:
+        with without_values(networks) if device == "meta" else nullcontext([]) as wide, live:
+            live.know(wide)
             losses = method.losses(batch, iteration, torch.Generator().manual_seed(0))
             torch.stack([loss.double() for loss in losses.values()]).sum().backward()
         found[turn] = live.peak

@@ -44,13 +44,14 @@ def plan(
         "working copies": memory.gathered, "gradients": memory.gradients, "optimiser": memory.optimiser,
         "moving average": memory.average, "activations": memory.activations,
     }  # fmt: skip
-    hours = None if tflops is None else found.flops_iteration * run.iterations / (tflops * 1e12) / 3600
+    whole = found.flops_setup + found.flops_iteration * run.iterations
+    hours = None if tflops is None else whole / (tflops * 1e12) / 3600
     if as_json:
         result = {
             "config": str(config), "gpus": gpus, "gpu_memory_gib": gpu_memory, "parameters": found.parameters,
             "flops_teacher_forward": found.flops_forward, "flops_iteration": found.flops_iteration,
-            "iterations": run.iterations, "gpu_hours": hours, "turn": list(memory.turn), "bytes_per_gpu": parts,
-            "total_bytes_per_gpu": memory.total, "fits": fits,
+            "flops_setup": found.flops_setup, "iterations": run.iterations, "gpu_hours": hours,
+            "turn": list(memory.turn), "bytes_per_gpu": parts, "total_bytes_per_gpu": memory.total, "fits": fits,
             "changes": [
                 {"change": what, "total_bytes_per_gpu": other.memory.total, "fits": other.fits(gpu_memory)}
                 for what, other in changes
@@ -62,6 +63,8 @@ def plan(
             typer.echo(f"{'parameters, ' + name.replace('_', ' '):36} {count:>16,}")
         typer.echo(f"{'teacher forward, one sample':36} {found.flops_forward / 1e12:16,.3g} TFLOP")
         typer.echo(f"{'one iteration, the whole batch':36} {found.flops_iteration / 1e12:16,.4g} TFLOP")
+        if found.flops_setup:
+            typer.echo(f"{'teacher trajectories, once':36} {found.flops_setup / 1e12:16,.4g} TFLOP")
         if hours is not None:
             typer.echo(f"{f'{run.iterations:,} iterations at {tflops:g} TFLOP/s':36} {hours:16,.0f} GPU-hours")
         for name, size in parts.items():
