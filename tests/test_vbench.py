@@ -299,6 +299,16 @@ def test_setup_is_idempotent_and_a_failure_keeps_the_old_environment(
     assert environment.remove() and environment.problem() == "is not installed"
 
 
+def test_setup_says_what_it_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMD_EVAL_HOME", str(tmp_path / "home"))
+    plan = json.loads(invoke("setup", "--dry-run", "--dimensions", "motion_smoothness", "--json").stdout)
+    assert plan["build"] == "is not installed" and "vbench==0.1.5" in plan["packages"] and not plan["detectron2"]
+    assert list(plan["weights"]) == ["amt_model/amt-s.pth"] and plan["weights"]["amt_model/amt-s.pth"]["sources"]
+    text = invoke("setup", "--dry-run").stdout
+    assert "packages would be installed" in text and "raft-things.pth is missing: https://" in text
+    assert not (tmp_path / "home").exists()
+
+
 def test_workers_have_no_network(vbench_environment: Path) -> None:
     with pytest.raises(PermissionError):
         worker.refuse_network("socket.connect", (None, ("192.0.2.1", 80)))

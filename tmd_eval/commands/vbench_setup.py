@@ -23,6 +23,7 @@ def setup(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build the environment anew.")] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Delete the environment; weights stay.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing and where from.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Build VBench's environment (about 40 s, 0.8 GB, needs the package index) and gather its weights.
@@ -42,6 +43,9 @@ def setup(
         typer.echo(json.dumps({"path": path, "removed": found}) if json_ else text)
         return
     names = [check_dimension(d) for text in dimensions or [] for d in text.split(",") if d] or list(DIMENSIONS)
+    if dry_run:
+        _show_plan(names, unverified_weights, force, json_)
+        return
     result: dict[str, Any] = environment.setup(force=force, log=_say)
     failed: dict[str, str] = {}
     if detectron2 is not None:
@@ -66,6 +70,29 @@ def setup(
     typer.echo(json.dumps(result) if json_ else "\n".join(lines))
     if failed:
         raise EnvironmentMissingError(f"Could not get {', '.join(failed)}; the reasons are above.")
+
+
+def _show_plan(names: list[str], unverified: bool, force: bool, as_json: bool) -> None:
+    """What a set-up would do, with the sources of the weights."""
+    from tmd_eval.vbench import detectron, environment
+    from tmd_eval.vbench.weights_manifest import BY_PATH
+
+    reason = "--force" if force else environment.problem()
+    lacking = {path: (text, BY_PATH[path]) for path, text in _problems(names, unverified).items()}
+    if as_json:
+        weights = {
+            path: {"problem": text, "sources": list(file.urls), "bytes": file.size}
+            for path, (text, file) in lacking.items()
+        }
+        plan = {"path": str(environment.folder()), "build": reason, "packages": environment.pins()}
+        typer.echo(json.dumps({**plan, "detectron2": detectron.installed(), "weights": weights}))
+        return
+    what = f"{reason}: {len(environment.pins())} packages would be installed" if reason else "is ready"
+    typer.echo(f"{environment.folder()} {what}")
+    typer.echo(f"detectron2 {'is there' if detectron.installed() else 'is missing: ' + detectron.REPOSITORY}")
+    for path, (text, file) in lacking.items():
+        size = f", {file.size / 1e6:.0f} MB" if file.size else ""
+        typer.echo(f"{path} {text}: {' or '.join(file.urls)}{size}")
 
 
 def _problems(names: list[str], unverified: bool) -> dict[str, str]:
