@@ -162,6 +162,28 @@ def test_resuming_on_more_ranks(world: dict[str, Any], alone: dict[str, Path], t
         run(make(world, out, OFTEN, iterations=5, micro_batch=2), resume=True)
 
 
+def test_resuming_where_nothing_divides(world: dict[str, Any], tmp_path: Path) -> None:
+    """2 ranks, then 3: parts of other sizes, one network's moments not there yet; the end is one process's."""
+    settings = {"batch": 6, "micro_batch": 1}
+    run(make(world, tmp_path / "one", OFTEN, iterations=3, **settings))
+    out = tmp_path / "run"
+    in_ranks(2, run, make(world, out, OFTEN, iterations=1, **settings, **SHARDED))
+    assert set(read_sizes(out / "state" / "00000001")) == {0, 1}
+    shutil.rmtree(out / "checkpoint")
+    in_ranks(3, run, make(world, out, OFTEN, iterations=3, **settings, **SHARDED), True)
+    assert set(read_sizes(out / "state" / "00000003")) == {0, 1, 2}
+    check(out, tmp_path / "one")
+
+
+def read_sizes(state: Path) -> dict[int, int]:
+    """Bytes that each rank wrote of a sharded state."""
+    sizes: dict[int, int] = {}
+    for path in state.glob("__*.distcp"):
+        rank = int(path.name.split("_")[2])
+        sizes[rank] = sizes.get(rank, 0) + path.stat().st_size
+    return sizes
+
+
 def test_another_number_of_ranks_needs_the_same_passes(world: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(make(world, out, iterations=1))  # passes of 4
