@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from leaderboard.checks import DIMENSIONS, QUALITY_DIMENSIONS
 from leaderboard.figures import INK, LINE, MUTED, STYLES, Figure, canvas, family, finish, style
@@ -19,6 +21,28 @@ def dimension_rows(rows: Sequence[Result]) -> list[Result]:
     return [row for row in rows if sum(row.metric(name) is not None for name in DIMENSIONS) >= 3][:SHOWN]
 
 
+def _looks(rows: Sequence[Result]) -> list[dict[str, Any]]:
+    """Marker and colour of every row; rows of one method differ in how their markers are filled."""
+    unknown = sorted({family(row.method) for row in rows if row.role == "student"} - set(STYLES))
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for row in rows:
+        look = style(row.role, row.method, unknown)
+        kind = (look["marker"], look["markerfacecolor"])
+        fill = _FILLS[seen[kind] % len(_FILLS)]
+        seen[kind] += 1
+        if fill == "none":
+            look |= {"markerfacecolor": "#ffffff" if kind[1] == look["color"] else look["color"]}
+        elif fill != "full":
+            look |= {"fillstyle": fill, "markerfacecolor": look["color"], "markerfacecoloralt": "#ffffff"}
+        found.append(look)
+    return found
+
+
+_FILLS = ("full", "none", "left", "right", "top", "bottom")
+"""How the first, second ... marker of one shape and colour is filled."""
+
+
 def dots(rows: Sequence[Result], *, name: str) -> Figure | None:
     """Every dimension a line, every row a marker with its interval; quality above, semantic below.
 
@@ -31,19 +55,18 @@ def dots(rows: Sequence[Result], *, name: str) -> Figure | None:
     """
     if not rows:
         return None
-    unknown = sorted({family(row.method) for row in rows if row.role == "student"} - set(STYLES))
+    looks = _looks(rows)
     with canvas(6.4, 6.6) as drawing:
         axes = drawing.add_subplot()
         words = []
         for place, dimension in enumerate(DIMENSIONS):
             base = place + (0.6 if dimension not in QUALITY_DIMENSIONS else 0)
             values = []
-            for i, row in enumerate(rows):
+            for i, (row, look) in enumerate(zip(rows, looks, strict=True)):
                 metric = row.metric(dimension)
                 if metric is None:
                     continue
                 y = base + (i - (len(rows) - 1) / 2) * 0.13
-                look = style(row.role, row.method, unknown)
                 if metric.low is not None and metric.high is not None:
                     axes.plot([100 * metric.low, 100 * metric.high], [y, y], color=look["color"], linewidth=1.6)
                 axes.plot([100 * metric.value], [y], linestyle="", markersize=5.5, markeredgewidth=1.3, **look)
@@ -54,14 +77,14 @@ def dots(rows: Sequence[Result], *, name: str) -> Figure | None:
         axes.invert_yaxis()
         axes.set_xlabel("Score, %")
         axes.set_xlim(min(0, axes.get_xlim()[0]), 101)
-        axes.grid(axis="x", color=LINE, linewidth=0.8)
+        axes.grid(color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(length=0, pad=5)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.legend(
             handles=[
-                axes.plot([], [], linestyle="", markersize=6, label=row.name, **style(row.role, row.method, unknown))[0]
-                for row in rows
+                axes.plot([], [], linestyle="", markersize=6, label=row.name, **look)[0]
+                for row, look in zip(rows, looks, strict=True)
             ],
             loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False, fontsize=9,
         )  # fmt: skip
@@ -86,22 +109,27 @@ def radar(rows: Sequence[Result], *, name: str) -> Figure | None:
     full = [row for row in rows if all(row.metric(dimension) is not None for dimension in DIMENSIONS)]
     if not full:
         return None
-    unknown = sorted({family(row.method) for row in full if row.role == "student"} - set(STYLES))
     angles = [2 * math.pi * i / len(DIMENSIONS) for i in range(len(DIMENSIONS) + 1)]
-    with canvas(6.4, 5.6) as drawing:
+    with canvas(6.4, 6.2) as drawing:
         axes = drawing.add_subplot(projection="polar")
-        for row in full:
+        for row, look in zip(rows, _looks(rows), strict=True):  # looks as in the figure of dots
+            if row not in full:
+                continue
             values = [100 * metric.value for dimension in DIMENSIONS if (metric := row.metric(dimension))]
-            look = style(row.role, row.method, unknown)
-            line = "--" if row.role == "undistilled" else "-"
+            line = "-" if look["markerfacecolor"] == look["color"] else "--"
             axes.plot(angles, [*values, values[0]], linewidth=1.4, markersize=4, linestyle=line, label=row.name, **look)
         axes.set_theta_offset(math.pi / 2)
         axes.set_theta_direction(-1)
-        axes.set_xticks(angles[:-1], [LABELS[dimension] for dimension in DIMENSIONS], fontsize=8.5, color=INK)
+        axes.set_xticks(angles[:-1], [LABELS[dimension] for dimension in DIMENSIONS], fontsize=9, color=INK)
+        for label, angle in zip(axes.get_xticklabels(), angles, strict=False):  # away from the circle on either side
+            side = round(math.sin(angle), 6)
+            label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
         axes.set_ylim(0, 100)
         axes.set_yticks([25, 50, 75, 100], ["25", "50", "75", "100"], fontsize=8)
+        axes.set_rlabel_position(191)  # between two axes
+        axes.tick_params(axis="x", pad=2)
         axes.grid(color=LINE, linewidth=0.8)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.08, 1.1), frameon=False, fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=9)
         return finish(
             drawing,
             name=name,

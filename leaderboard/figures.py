@@ -297,9 +297,9 @@ def _axes(
         first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
         ticks = [2.0**power for power in range(first, max(last, first + 1) + 1)]
     else:
-        ticks = [
-            s * 10.0**p for p in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for s in (1, 3)
-        ]
+        steps = (1, 3) if high > 10 * low else (1, 2, 5) if high > 3 * low else (1, 1.5, 2, 3, 5, 7)
+        decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
     left, right = low / 1.45, max(high, low * 2) * 1.45
     axes.set_xscale("log", base=axis.base)
     axes.set_xlim(left, right)

@@ -94,7 +94,11 @@ def place_labels(
             text, (point.x, point.y), xytext=(dx, dy), textcoords="offset points", ha=horizontal, va=vertical,
             fontsize=10, zorder=5, arrowprops=arrow if rank >= len(_NEAR) else None,
         )  # fmt: skip
-        taken.append(box)
+        corners = axes.transAxes.inverted().transform([box[:2], box[2:]])
+        ground = {"color": "#ffffff", "alpha": 0.7, "linewidth": 0, "zorder": 4}  # no line strikes a name
+        axes.fill_between(corners[:, 0], *corners[:, 1], transform=axes.transAxes, **ground)
+        gap = 2 * pixels
+        taken += 2 * [(box[0] - gap, box[1] - gap, box[2] + gap, box[3] + gap)]  # a name under a name is worst
 
 
 def _box(

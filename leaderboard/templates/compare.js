@@ -19,11 +19,13 @@ for (const select of [first, second]) {
   select.addEventListener("change", show);
 }
 
-const number = (value, metric) => {
+// Papers print two decimals of a percent; measured scores have intervals of whole percents, so one is enough.
+const decimals = (row) => (row.page === null ? 2 : 1);
+const number = (value, metric, digits) => {
   if (value === null || value === undefined) return "–";
-  return metric.share ? (100 * value).toFixed(rows.some((r) => r.page === null) ? 2 : 1) : value.toPrecision(3);
+  return metric.share ? (100 * value).toFixed(digits) : value.toPrecision(3);
 };
-const signed = (value, metric) => (value > 0 ? "+" : "") + number(value, metric);
+const signed = (value, metric, digits) => (value > 0 ? "+" : "") + number(value, metric, digits);
 
 function line(body, heading, cells, head = false) {
   const row = body.insertRow();
@@ -41,6 +43,7 @@ function line(body, heading, cells, head = false) {
 
 function difference(a, b, name) {
   const metric = metrics[name];
+  const digits = Math.min(decimals(a), decimals(b));
   const [x, y] = [a.metrics[name], b.metrics[name]];
   if (!x || !y) return ["–", "not in both"];
   const paired = pairs[`${a.key} ${b.key}`]?.[name] ?? pairs[`${b.key} ${a.key}`]?.[name]?.map((v, i) => (i < 3 ? -v : v));
@@ -48,9 +51,9 @@ function difference(a, b, name) {
     const [value, ...ends] = paired.slice(0, 3);
     const [low, high] = ends.sort((p, q) => p - q);
     const verdict = low > 0 || high < 0 ? "apart" : "not apart";
-    return [`${signed(value, metric)} [${signed(low, metric)}, ${signed(high, metric)}]`, `${verdict}, paired on ${paired[3]} prompts`];
+    return [`${signed(value, metric, digits)} [${signed(low, metric, digits)}, ${signed(high, metric, digits)}]`, `${verdict}, paired on ${paired[3]} prompts`];
   }
-  const value = signed(x[0] - y[0], metric);
+  const value = signed(x[0] - y[0], metric, digits);
   if (a.group !== b.group) return [value, "not comparable: other prompts or evaluators"];
   if (x[1] === null || y[1] === null) return [value, "no interval"];
   return [value, x[2] < y[1] || y[2] < x[1] ? "apart, intervals share no point" : "not apart, intervals overlap"];
@@ -60,7 +63,12 @@ function show() {
   const [a, b] = [rows[Number(first.value)], rows[Number(second.value)]];
   const table = document.createElement("table");
   const body = table.createTBody();
-  const interval = (m, metric) => (m ? number(m[0], metric) + (m[1] === null ? "" : ` [${number(m[1], metric)}, ${number(m[2], metric)}]`) : "–");
+  const interval = (row, name) => {
+    const [m, metric, digits] = [row.metrics[name], metrics[name], decimals(row)];
+    if (!m) return "–";
+    const ends = m[1] === null ? "" : ` [${number(m[1], metric, digits)}, ${number(m[2], metric, digits)}]`;
+    return number(m[0], metric, digits) + ends;
+  };
   line(table.createTHead(), "", [a.name, b.name, "First minus second", ""], true);
   const plain = (value) => (value === null ? "–" : String(Number(value.toPrecision(4))));
   line(body, "Effective NFE", [plain(a.nfe), plain(b.nfe), "", ""]);
@@ -69,7 +77,7 @@ function show() {
   for (const name of Object.keys(metrics)) {
     if (a.metrics[name] || b.metrics[name]) {
       const metric = metrics[name];
-      const cells = [interval(a.metrics[name], metric), interval(b.metrics[name], metric), ...difference(a, b, name)];
+      const cells = [interval(a, name), interval(b, name), ...difference(a, b, name)];
       line(body, metric.label + (metric.share ? ", %" : "") + (metric.better === "lower" ? " ↓" : ""), cells);
     }
   }

@@ -30,7 +30,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const count = document.createElement("span");
     label.className = "filter";
     input.type = "search";
-    input.placeholder = "for example: rCM 14B";
+    input.placeholder = "words that a row contains";
     count.setAttribute("role", "status");
     label.append("Filter rows", input, count);
     (table.closest(".scroll") ?? table).before(label);
