@@ -5,8 +5,10 @@ Every route checks who asks (a signed cookie) and what it may see (one-time toke
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
+import socket
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -295,11 +297,20 @@ def serve(server: Server, host: str, port: int) -> None:
         server: from :class:`Server`.
         host: address to listen on.
         port: port; behind TLS a proxy on the same machine may set X-Forwarded-Proto.
+
+    Raises:
+        StudyError: the address or port cannot be had.
     """
     import uvicorn
 
-    server.audit("served", {"host": host, "port": port, "at": datetime.now(UTC).isoformat(timespec="seconds")})
-    uvicorn.run(
-        build_app(server), host=host, port=port, access_log=False, log_level="warning", server_header=False,
-        date_header=True, timeout_keep_alive=30,
-    )  # fmt: skip
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise StudyError(f"Cannot listen on {host}, port {port} ({error}); choose another --port or --host.") from error
+    with listening, contextlib.suppress(KeyboardInterrupt):
+        server.audit("served", {"host": host, "port": port, "at": datetime.now(UTC).isoformat(timespec="seconds")})
+        config = uvicorn.Config(
+            build_app(server), access_log=False, log_level="warning", server_header=False, date_header=True,
+            timeout_keep_alive=30,
+        )  # fmt: skip
+        uvicorn.Server(config).run(sockets=[listening])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import sqlite3
 import time
 from datetime import UTC, datetime
@@ -160,6 +161,14 @@ def test_a_database_from_a_newer_version_or_none_at_all_is_refused(words: list[s
         result = CliRunner().invoke(command_line, ["study", words[0], str(study[0]), *words[1:], "--db", db])
         assert getattr(result.exception, "exit_code", None) == 2 and sentence in str(result.exception)
         assert "\n" not in str(result.exception) and Path(db).read_bytes() == before
+
+
+def test_a_taken_port_is_one_sentence(study: tuple[Path, str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = ["study", "serve", str(study[0]), "--db", study[1], "--port", port]
+        result = CliRunner().invoke(command_line, words)
+    assert getattr(result.exception, "exit_code", None) == 2 and "another --port" in str(result.exception)
 
 
 def test_lost_clips_stop_the_start_and_pause_a_running_study(study: tuple[Path, str]):
