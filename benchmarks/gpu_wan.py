@@ -251,7 +251,8 @@ def measure(bench: Bench, limit: float, done: Callable[[dict[str, Any]], None]) 
     Returns:
         The parts by name, and under "failed" why some are not there.
     """
-    start, result = time.monotonic(), {"failed": {}}
+    start = time.monotonic()
+    result: dict[str, Any] = {"failed": {}}
     for name, part in PARTS.items():
         spent = time.monotonic() - start
         if spent > limit:

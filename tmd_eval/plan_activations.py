@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -216,7 +216,10 @@ def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dic
         networks = (teacher, *method.networks.values())
         live.know(p for network in networks for p in network.parameters())
         live.know(p.grad for network in networks for p in network.parameters() if p.grad is not None)
-        with without_values(networks) if device == "meta" else nullcontext([]) as wide, live:
+        shapes: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if device == "meta":
+            shapes = without_values(networks)
+        with shapes as wide, live:
             live.know(wide)
             losses = method.losses(batch, iteration, torch.Generator().manual_seed(0))
             torch.stack([loss.double() for loss in losses.values()]).sum().backward()
