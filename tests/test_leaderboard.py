@@ -327,7 +327,7 @@ def test_postgresql_takes_everything_in_and_gives_it_back(postgres: str, tmp_pat
     for address in (other, copy):
         assert import_bundle(address, tmp_path / "all.zip") == {"added": 87, "unchanged": 0, "kept": 0}
         assert import_bundle(address, tmp_path / "all.zip") == {"added": 0, "unchanged": 87, "kept": 0}
-    assert show(other) == show(copy) and len(show(other)) == 75
+    assert show(other) == show(copy) and len(show(other)) == 81
     ids = [row.id for row in load(copy)]
     assert prompt_means(other, ids)["alignment_joint"].keys() == prompt_means(copy, ids)["alignment_joint"].keys()
     export_bundle(other, tmp_path / "back.zip")
