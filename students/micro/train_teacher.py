@@ -30,7 +30,7 @@ from students.micro.world import FPS, FRAMES, SIZE, all_attributes, make_clip
 
 LOWER_FROM, LOWER = 7000, 0.4  # at the full rate the loss stays 0.04 above where the first decay to zero took it
 TEXT_LENGTH = 16
-GUIDANCE = 1.25
+GUIDANCE = 1.12
 """Guidance scale the teacher is used with, unless a command says otherwise."""
 SHARD, NEW_SHARD_EVERY, SHARDS, SIMPLE_SHARDS = 1024, 64, 56, 16
 BATCH, RATE, WARM_UP, EMA, DROPOUT, SHIFT, SEED = 32, 1.5e-3, 100, 0.999, 0.1, 3.0, 11
