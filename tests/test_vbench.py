@@ -113,20 +113,27 @@ def test_official_scores_of_the_reference_clips(vbench_environment: Path, shared
     assert runner.official_version() == "0.1.5"
 
 
-def test_flickering_in_closed_form(vbench_environment: Path, tmp_path: Path) -> None:
+def test_flickering_in_closed_form(vbench_environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By relative names of folders, as people type them; the worker runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
     clip(tmp_path / "videos" / "a_still.mp4", (77,) * 5)
     clip(tmp_path / "videos" / "b_strobe.mp4", (0, 255, 0, 255))
     clip(tmp_path / "videos" / "c_steps.mp4", (10, 20, 30, 61))
     clip(tmp_path / "videos" / "façades; $(x) 'q'.mp4")
-    scoring.score(tmp_path / "videos", tmp_path / "run", [FLICKER])
-    rows = [json.loads(line) for line in (tmp_path / "run" / "scores" / f"{FLICKER}.jsonl").read_text().splitlines()]
+    result = invoke("--videos", "videos", "--dimensions", FLICKER, "--out", "relative_name", "--device", "cpu")
+    assert result.exit_code == 0, result.exception
+    lines = (tmp_path / "relative_name" / "scores" / f"{FLICKER}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert [r["value"] for r in rows] == pytest.approx([1, 0, 1 - (10 + 10 + 31) / 3 / 255, 1 - 10 / 255], abs=1e-6)
 
 
 def test_doctor_tells_each_dimension_s_state(vbench_environment: Path) -> None:
     result = invoke("doctor", "--json")
     report = json.loads(result.stdout)
-    assert set(report) == {"version", "dimensions"} and report["version"] == "0.1.5"
+    assert set(report) == {"version", "dimensions", "long"} and report["version"] == "0.1.5"
+    assert set(report["long"]) == {"official_code", "problems"}
+    assert "ImportError" in report["long"]["official_code"] or "No module" in report["long"]["official_code"]
+    assert "DreamSim" in report["long"]["problems"]["background_consistency"]["dreamsim"]
     rows = {row["dimension"]: row for row in report["dimensions"]}
     assert list(rows) == list(DIMENSIONS) and len(rows) == 16
     assert rows[FLICKER] | {"device": "x"} == {
@@ -136,7 +143,8 @@ def test_doctor_tells_each_dimension_s_state(vbench_environment: Path) -> None:
     detector = {"object_class", "multiple_objects", "color", "spatial_relationship"}
     assert {name for name, row in rows.items() if not row["importable"]} <= detector
     assert all("detectron2" in row["reason"] for row in rows.values() if not row["importable"])
-    assert "dimensions are ready" in invoke("doctor").stdout
+    text = invoke("doctor").stdout
+    assert "dimensions are ready" in text and "VBench-Long (--protocol long) lacks besides:" in text
 
 
 def test_official_prompt_list(vbench_environment: Path) -> None:

@@ -72,6 +72,9 @@ def vbench(
     engine: Annotated[
         str, typer.Option(help="official, or fast: the same models and weights, no work done twice.")
     ] = "official",
+    protocol: Annotated[
+        str, typer.Option(help="vbench; long: VBench-Long, for clips of 5 s on; long-in-clip: less DINOv2, DreamSim.")
+    ] = "vbench",
     workers: Annotated[int | None, typer.Option(help="Scoring processes [default: one a GPU, or one].")] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Score what is there; figures are marked partial, no total.")
@@ -95,7 +98,7 @@ def vbench(
 
     from students.errors import ConfigError, IncompleteError
     from tmd_eval import generate as generation
-    from tmd_eval.vbench import plan, runner
+    from tmd_eval.vbench import long, plan, runner
     from tmd_eval.vbench import score as scoring
     from tmd_eval.vbench.environment import python
     from tmd_eval.video_set import MANIFEST
@@ -107,7 +110,8 @@ def vbench(
     python()
     small = not (num_prompts is None and limit is None and samples_per_prompt is None)
     custom = prompts != "vbench" if videos is None else prompt_file is not None or not plan.is_standard(videos)
-    names = _dimensions(dimensions, custom, whole=ckpt is not None and not custom and not small, un=unverified_weights)
+    whole = ckpt is not None and not custom and not small
+    names = _dimensions(dimensions, custom, whole=whole, un=unverified_weights, rule=long.check_rule(protocol))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processes = runner.devices(device, workers, engine)
     folder = videos or out
@@ -125,7 +129,7 @@ def vbench(
             n,
             guidance,
             batch_size,
-            _filtering(names, static_filter, samples_per_prompt),
+            protocol == "vbench" and _filtering(names, static_filter, samples_per_prompt),
         )
         if dry_run:
             work = generation.plan(generation.open_model(ckpt, device), chosen, out, settings)
@@ -141,8 +145,9 @@ def vbench(
         typer.echo(json.dumps(counts) if json_ else "\n".join(f"{name}: {c}" for name, c in counts.items()))
         return
     options = scoring.Options(
-        allow_partial=allow_partial, static_filter=static_filter, unverified=unverified_weights, prompts=captions
-    )
+        allow_partial=allow_partial, static_filter=static_filter, unverified=unverified_weights, prompts=captions,
+        protocol=protocol,
+    )  # fmt: skip
     lost: IncompleteError | None = None
     try:
         record = scoring.score(folder, out, names, workers=processes, options=options)
@@ -160,14 +165,14 @@ def vbench(
         raise lost
 
 
-def _dimensions(given: list[str] | None, custom: bool, *, whole: bool, un: bool) -> list[str]:
+def _dimensions(given: list[str] | None, custom: bool, *, whole: bool, un: bool, rule: str = "vbench") -> list[str]:
     """The dimensions to score.
 
     Those that are asked for must be ready. By default they are the ones that are ready, the others are named on stderr;
     but the whole protocol, which is to end in a total, starts only if all are ready.
     """
     from students.errors import EnvironmentMissingError
-    from tmd_eval.vbench import runner, weights
+    from tmd_eval.vbench import long, runner, weights
     from tmd_eval.vbench.dimensions import DIMENSIONS, check_dimension
 
     weights.prepare()
@@ -177,9 +182,12 @@ def _dimensions(given: list[str] | None, custom: bool, *, whole: bool, un: bool)
         names = possible
     for name in names:
         runner.check_ready(check_dimension(name), unverified=un)
+        long.check(name, rule, unverified=un)
     if names:
         return names
-    lacking = {name: weights.problems(name, unverified=un) for name in possible}
+    lacking = {
+        name: weights.problems(name, unverified=un) | long.problems(name, rule, unverified=un) for name in possible
+    }
     lacking = {name: found for name, found in lacking.items() if found}
     if lacking:
         files = sorted({Path(path).name for found in lacking.values() for path in found})

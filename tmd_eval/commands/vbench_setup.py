@@ -21,6 +21,7 @@ def setup(
     unverified_weights: Annotated[
         bool, typer.Option("--unverified-weights", help="Take weights whose hash is not the published one.")
     ] = False,
+    long: Annotated[bool, typer.Option("--long", help="VBench-Long's own weights as well (DINOv2).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build the environment anew.")] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Delete the environment; weights stay.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing and where from.")] = False,
@@ -35,7 +36,7 @@ def setup(
     from students.errors import EnvironmentMissingError
     from tmd_eval.vbench import detectron, environment
     from tmd_eval.vbench import weights as files
-    from tmd_eval.vbench.dimensions import DIMENSIONS, check_dimension
+    from tmd_eval.vbench.dimensions import DIMENSIONS, FIRST_FRAMES, check_dimension
 
     if remove:
         found, path = environment.remove(), str(environment.folder())
@@ -43,6 +44,7 @@ def setup(
         typer.echo(json.dumps({"path": path, "removed": found}) if json_ else text)
         return
     names = [check_dimension(d) for text in dimensions or [] for d in text.split(",") if d] or list(DIMENSIONS)
+    names += [FIRST_FRAMES] if long else []
     if dry_run:
         _show_plan(names, unverified_weights, force, json_)
         return
@@ -113,9 +115,9 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the table a
     from tmd_eval.vbench import runner
     from tmd_eval.vbench.doctor import diagnose
 
-    rows = diagnose()
+    rows, extra = diagnose()
     if json_:
-        typer.echo(json.dumps({"version": runner.official_version(), "dimensions": rows}))
+        typer.echo(json.dumps({"version": runner.official_version(), "dimensions": rows, "long": extra}))
         return
     typer.echo(f"{'dimension':24}{'import':8}{'device':8}weights")
     for row in rows:
@@ -131,3 +133,14 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the table a
     for text, names in advice.items():
         typer.echo(f"{len(names)} dimensions: {text}")
     typer.echo(f"{sum(row['ready'] for row in rows)} of {len(rows)} dimensions are ready")
+    lacking = [
+        f"{name}: {', '.join(f'{Path(path).name} {text}' for path, text in found.items())}"
+        for name, found in extra["problems"].items()
+    ]
+    typer.echo("VBench-Long lacks nothing more" if not lacking else "VBench-Long (--protocol long) lacks besides:")
+    for line in lacking:
+        typer.echo(f"  {line}")
+    if "subject_consistency" in extra["problems"]:
+        typer.echo("  tmd-eval vbench setup --long --fetch, or --weights DIR")
+    if extra["official_code"]:
+        typer.echo(f"the wheel's own VBench-Long does not import ({extra['official_code']}); its steps are done here")

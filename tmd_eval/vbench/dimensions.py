@@ -14,6 +14,8 @@ FILTER_SAMPLES = 25
 """Videos a prompt of temporal_flickering's prompts before the static filter, by VBench's instructions."""
 LONG_SECONDS = 5.0
 """From this length on, VBench's authors ask for VBench-Long."""
+RULES = {"vbench": "VBench", "long": "VBench-Long", "long-in-clip": "VBench-Long, in-clip only"}
+"""Protocols by name, as they are recorded."""
 
 _DINO = (
     "dino_model/dino_vitbase16_pretrain.pth",
@@ -69,7 +71,30 @@ DIMENSIONS: dict[str, Dimension] = {
 
 FILTER_WEIGHTS = (_RAFT,)
 """What temporal_flickering's static filter reads."""
-OTHER_WEIGHTS = {"static_filter": FILTER_WEIGHTS, "diversity_dino": _DINO, "diversity_clip": (_CLIP_B,)}
+FIRST_FRAMES = "first_frames"
+"""VBench-Long's consistency of the first frames of a video's pieces, by DINOv2."""
+LONG_CONFIG = "long_config"
+"""Folder of VBench-Long's tables among the weights."""
+_LAYERS = (
+    "__init__",
+    "attention",
+    "block",
+    "dino_head",
+    "drop_path",
+    "layer_scale",
+    "mlp",
+    "patch_embed",
+    "swiglu_ffn",
+)
+_DINO_V2 = (
+    "dinov2_model/dinov2_vitb14_pretrain.pth",
+    *(f"dinov2_model/dinov2/{name}.py" for name in ("__init__", "models/__init__", "models/vision_transformer")),
+    *(f"dinov2_model/dinov2/layers/{name}.py" for name in _LAYERS),
+    f"{LONG_CONFIG}/subject_mapping_table.yaml",
+)
+OTHER_WEIGHTS = {
+    "static_filter": FILTER_WEIGHTS, "diversity_dino": _DINO, "diversity_clip": (_CLIP_B,), FIRST_FRAMES: _DINO_V2,
+}  # fmt: skip
 """What the workers' other tasks read."""
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from tmd_eval.vbench import detectron, environment, runner, weights
+from tmd_eval.vbench import detectron, environment, long, runner, weights
 from tmd_eval.vbench.dimensions import DIMENSIONS
 
 
-def diagnose() -> list[dict[str, Any]]:
-    """One row a dimension.
+def diagnose() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row a dimension, and what VBench-Long lacks besides.
 
     Returns:
-        dimension, importable, reason (of a failed import, else None), weights (file to its SHA-256), missing_weights
-        (paths of files that are missing or wrong), weight_problems (file to what is wrong), device, ready, do (commands
-        that help).
+        The rows: dimension, importable, reason (of a failed import, else None), weights (file to its SHA-256),
+        missing_weights (paths of files that are missing or wrong), weight_problems (file to what is wrong), device,
+        ready, do (commands that help). VBench-Long: official_code (why the wheel's own does not import, else None) and
+        problems (dimension to file to what is wrong).
 
     Raises:
         EnvironmentMissingError: there is no environment, or it is broken as a whole.
@@ -34,7 +35,8 @@ def diagnose() -> list[dict[str, Any]]:
                 "device": device, "ready": reason is None and not wrong, "do": _advice(reason, wrong),
             }
         )  # fmt: skip
-    return rows
+    extra = {name: long.problems(name, "long") for name in long.BETWEEN}
+    return rows, {"official_code": reasons["long"], "problems": {name: found for name, found in extra.items() if found}}
 
 
 def _advice(reason: str | None, wrong: dict[str, str]) -> list[str]:

@@ -25,12 +25,14 @@ from typing import Any
 from students.errors import ConfigError, EnvironmentMissingError
 from students.machine import home
 from tmd_eval.vbench import environment, weights
-from tmd_eval.vbench.dimensions import DIMENSIONS, check_dimension, engine_of, weights_of
+from tmd_eval.vbench.dimensions import DIMENSIONS, FIRST_FRAMES, check_dimension, engine_of, weights_of
 
 WORKER = Path(__file__).with_name("worker.py")
 STATIC = "static_filter"
 """Name of the static filter among the jobs."""
-ACTIONS = {STATIC: "static", "diversity_dino": "features", "diversity_clip": "features"}
+ACTIONS = {
+    STATIC: "static", "diversity_dino": "features", "diversity_clip": "features", FIRST_FRAMES: "first_frames",
+}  # fmt: skip
 """What a worker is asked for where it is not a dimension's score."""
 
 
@@ -102,7 +104,7 @@ def official_version() -> str:
 
 
 def import_problems() -> dict[str, str | None]:
-    """Why each of the sixteen dimensions cannot be imported; None where it can.
+    """Why each of the sixteen dimensions cannot be imported, and the wheel's own VBench-Long ("long"); None if it can.
 
     Raises:
         EnvironmentMissingError: there is no environment, or it is broken as a whole.
@@ -113,7 +115,28 @@ def import_problems() -> dict[str, str | None]:
             f"VBench's environment does not work ({reply['error']}: {reply['message']}); "
             f"run {environment.SETUP} --force."
         )
-    return dict(reply["reasons"])
+    return {**reply["reasons"], "long": reply["long"]}
+
+
+def split(videos: Sequence[Mapping[str, Any]], folder: Path, name: str) -> dict[str, str]:
+    """Let a worker cut videos into VBench-Long's pieces; returns why each failed that did.
+
+    Args:
+        videos: as the worker's action "split" wants them.
+        folder: for the log.
+        name: stem of the log, its own for each rank.
+
+    Raises:
+        EnvironmentMissingError: the worker does not work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{name}.log"
+    reply = _ask({"action": "split", "videos": list(videos)}, log=log)
+    if not reply["ok"]:
+        raise EnvironmentMissingError(
+            f"The worker that cuts videos failed ({reply['error']}: {reply['message']}; log: {log}); run again."
+        )
+    return dict(reply["failed"])
 
 
 def check_ready(dimension: str, *, unverified: bool = False) -> None:
@@ -264,10 +287,15 @@ def _run_bundle(bundle: Sequence[Job], workers: Workers, places: queue.Queue[str
         bundle = [job for job in map(_pending, bundle) if job.items]  # another host may have been here
         if workers.stop.is_set() or not bundle:
             return {}
-        _score(bundle, workers, place, 1)
+        lost = _score(bundle, workers, place, 1)
         for job in bundle:
-            left = _pending(job)
-            if left.items and not workers.stop.is_set() and (again := _score([left], workers, place, 2)):
+            left = _pending(job)  # what a worker finished without a number would have none again
+            if (
+                job.dimension in lost
+                and left.items
+                and not workers.stop.is_set()
+                and (again := _score([left], workers, place, 2))
+            ):
                 failed |= again
         return failed
     finally:

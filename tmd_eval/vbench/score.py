@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import yaml
 from students.errors import ConfigError, IncompleteError
 from tmd_eval.files import write_atomic
 from tmd_eval.scores import write_rows
-from tmd_eval.vbench import plan, runner, weights
-from tmd_eval.vbench.dimensions import DIMENSIONS, SAMPLES, check_dimension, engine_of
+from tmd_eval.vbench import long, plan, runner, weights
+from tmd_eval.vbench.dimensions import DIMENSIONS, FIRST_FRAMES, SAMPLES, check_dimension, engine_of
 from tmd_eval.vbench.plan import Facts, Selection, Video
 from tmd_eval.vbench.ranks import Ranks
 from tmd_eval.vbench.runner import STATIC, Item, Job, Workers
@@ -49,6 +49,8 @@ class Options:
     """Take weights whose hash differs from the published one."""
     prompts: Mapping[str, str] | None = None
     """Prompt of each file, for videos with names of their own."""
+    protocol: str = "vbench"
+    """One of ``long.RULES``."""
 
 
 @dataclass(kw_only=True)
@@ -90,11 +92,15 @@ def score(
     workers, options = workers or Workers(), options or Options()
     for dimension in dimensions:
         runner.check_ready(check_dimension(dimension), unverified=options.unverified)
+        long.check(dimension, options.protocol, unverified=options.unverified)
     with Ranks() as ranks:
         filtered = _filters(folder, dimensions, options)
         selections = {
             name: plan.select(
-                folder, name, prompts=options.prompts, filtered=filtered and name == "temporal_flickering"
+                folder,
+                name,
+                prompts=options.prompts,
+                filtered=filtered and name == "temporal_flickering" and options.protocol == "vbench",
             )
             for name in dimensions
         }
@@ -107,21 +113,34 @@ def score(
         selections = {name: usable(name, s, found, usual, options) for name, s in selections.items()}
         failed: dict[str, str] = {}
         filter_record = None
+        videos = selections
+        pieces: dict[str, long.Pieces] = {}
+        if options.protocol != "vbench":
+            pieces = long.split(videos, found.facts, out, ranks)
+            selections = {name: one.selection for name, one in pieces.items()}
         if filtered and "temporal_flickering" in selections:
             selections["temporal_flickering"], filter_record = _keep_still(
                 selections["temporal_flickering"], found, out, workers, ranks, options
             )
+            if pieces:
+                pieces["temporal_flickering"].selection = selections["temporal_flickering"]
+                pieces["temporal_flickering"].filtered = True
         items = {name: items_of(name, selection, found, workers.engine) for name, selection in selections.items()}
-        failed |= run_jobs(items, out, workers, ranks)
+        first: list[Item] = []
+        if options.protocol == "long" and (subject := pieces.get("subject_consistency")):
+            first = items_of(FIRST_FRAMES, subject.first_frames, found, workers.engine)
+        failed |= run_jobs({**items, **({FIRST_FRAMES: first} if first else {})}, out, workers, ranks)
         if ranks.rank:
             return {}
         scored = {name: _collect(name, selections[name], items[name], out, failed) for name in dimensions}
+        for name, cut in pieces.items():
+            scored[name] = _by_video(scored[name], videos[name], cut, first, out, options.protocol, failed)
         for name, one in scored.items():
             if one.rows:
                 write_rows(out, name, one.rows)
         record = write_summary(
             out, scored, folder=folder, engine=workers.engine, found=found.facts, static_filter=filter_record,
-            unverified=options.unverified, device=workers.device,
+            unverified=options.unverified, device=workers.device, rule=options.protocol,
         )  # fmt: skip
     if lost := {name: record["not_measured"][name] for name in dimensions if name in record["not_measured"]}:
         named = "; ".join(f"{name} ({reason})" for name, reason in lost.items())
@@ -149,12 +168,16 @@ def _filters(folder: Path, dimensions: Sequence[str], options: Options) -> bool:
         if options.static_filter:
             raise ConfigError("The static filter belongs to temporal_flickering of VBench's own prompts.")
         return False
-    more = bool(plan.select(folder, name, filtered=True).candidates)
+    if options.protocol == "vbench":
+        more = bool(plan.select(folder, name, filtered=True).candidates)
+    else:  # VBench-Long's scripts always filter, and choose among the pieces of the five samples
+        more = not weights.problems(STATIC, unverified=options.unverified)
     wanted = more if options.static_filter is None else options.static_filter
     if not wanted and options.static_filter is None:
         print(
-            "temporal_flickering without its static filter, which needs more than five samples a prompt (25 by the "
-            "protocol); this is recorded",
+            "temporal_flickering without its static filter, which needs "
+            + ("more than five samples a prompt (25 by the protocol)" if options.protocol == "vbench" else "RAFT")
+            + "; this is recorded",
             file=sys.stderr,
         )
     return wanted
@@ -325,6 +348,21 @@ def run_jobs(items: Mapping[str, list[Item]], out: Path, workers: Workers, ranks
     for one in ranks.gather(runner.run(jobs, workers)):
         failed |= one
     return failed
+
+
+def _by_video(
+    one: Scored, whole: Selection, pieces: long.Pieces, first: Sequence[Item], out: Path, protocol: str,
+    failed: Mapping[str, str],
+) -> Scored:  # fmt: skip
+    """A dimension of VBench-Long: the rows of pieces become rows of videos."""
+    between: dict[str, float] | None = None
+    if one.dimension in long.BETWEEN and protocol == "long":
+        results = runner.read_parts(out / PARTS / FIRST_FRAMES)
+        between = long.first_frames_of(pieces, results, first)
+        if between is None:
+            reason = failed.get(FIRST_FRAMES, "DINOv2 gave no number for the first frames")
+            return replace(one, rows=[], reason=reason)
+    return long.by_video(one, whole, pieces, between)
 
 
 def _collect(

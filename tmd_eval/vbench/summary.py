@@ -16,12 +16,14 @@ from students.errors import ConfigError
 from tmd_eval.files import write_json
 from tmd_eval.scores import merge_summary
 from tmd_eval.vbench import VERSION, plan, runner, statistics, weights
-from tmd_eval.vbench.dimensions import DIMENSIONS, LONG_SECONDS, engine_of
+from tmd_eval.vbench.dimensions import DIMENSIONS, FIRST_FRAMES, LONG_SECONDS, RULES, engine_of
 from tmd_eval.vbench.plan import Facts
 from tmd_eval.vbench.statistics import Sums
 from tmd_eval.vbench.totals import Totals
 
 RECORD = Path("scores", "vbench.json")
+PIECES = "pieces"
+"""Key of a row's ``extra``: the pieces of VBench-Long, each of which counts once in its aggregates."""
 TOTALS = Totals._fields
 """Names of the totals in summary.json: those that published rows have on the leaderboard."""
 
@@ -62,7 +64,7 @@ def row_weights(dimension: str, rows: Sequence[Mapping[str, Any]]) -> list[float
         dimension: one of the sixteen.
         rows: of ``scores/{dimension}.jsonl``, ours (which state it) or anybody's.
     """
-    key = DIMENSIONS[dimension].weight
+    key = PIECES if any(PIECES in row["extra"] for row in rows) else DIMENSIONS[dimension].weight
     if key is None or not any(key in row["extra"] for row in rows):
         return [1.0] * len(rows)
     stated = [row["extra"][key] for row in rows]
@@ -129,13 +131,15 @@ def write_summary(
     static_filter: Mapping[str, Any] | None,
     unverified: bool,
     device: str,
+    rule: str = "vbench",
 ) -> dict[str, Any]:
     """Merge the dimensions into ``summary.json`` and write ``vbench.json``; returns the latter's content.
 
     Dimensions scored earlier stay, and count for the totals, if they are of the same protocol.
     """
-    version = VERSION + ("" if engine == "official" else f"+{engine}")
-    protocol = _protocol(scored, folder, found, static_filter)
+    by_rule = "" if rule == "vbench" else f"+{rule}"
+    version = VERSION + ("" if engine == "official" else f"+{engine}") + by_rule
+    protocol = _protocol(scored, folder, found, static_filter, rule)
     old = _earlier(out, {"version": version, "protocol": protocol})
     dimensions: dict[str, Any] = dict(old.get("dimensions", {}))
     not_measured = {k: v for k, v in old.get("not_measured", {}).items() if k not in scored}
@@ -148,13 +152,17 @@ def write_summary(
             continue
         value, low, high = statistics.interval(sums_of(name, one.rows))
         unfiltered = name == "temporal_flickering" and one.protocol == "standard" and not static_filter
+        files = weights.hashes(name)
+        if rule == "long" and name == "subject_consistency":
+            files |= weights.hashes(FIRST_FRAMES)
         entries[name] = {
             "n": one.n, "value": value, "low": low, "high": high,
             "completeness": (one.n + one.undetected) / one.expected,
             "metric_version": VERSION
             + ("+fast" if engine_of(name, engine) == "fast" else "")
+            + by_rule
             + (" without static filter" if unfiltered else ""),
-            "weight_hashes": weights.hashes(name),
+            "weight_hashes": files,
         }  # fmt: skip
         dimensions[name] = {
             **{key: entries[name][key] for key in ("n", "value", "low", "high")}, "partial": one.partial,
@@ -188,7 +196,11 @@ def write_summary(
 
 
 def _protocol(
-    scored: Mapping[str, Scored], folder: Path, found: Mapping[Path, Facts], static_filter: Mapping[str, Any] | None
+    scored: Mapping[str, Scored],
+    folder: Path,
+    found: Mapping[Path, Facts],
+    static_filter: Mapping[str, Any] | None,
+    rule: str,
 ) -> dict[str, Any]:
     """What was scored by which rules, as far as it can be known from the folder."""
     run, _ = plan.locate(Path(folder))
@@ -196,17 +208,25 @@ def _protocol(
     if run is not None and (run / "config.yaml").is_file():
         config = yaml.safe_load((run / "config.yaml").read_text("utf-8")) or {}
     kind = next(iter(scored.values())).protocol
-    clip = Counter((f.frames, f.height, f.width, f.fps) for f in found.values()).most_common(1)[0][0]
+    _, place = plan.locate(Path(folder))
+    whole = [facts for path, facts in found.items() if path.parent == place] or list(found.values())  # no pieces
+    clip = Counter((f.frames, f.height, f.width, f.fps) for f in whole).most_common(1)[0][0]
     seconds = clip[0] / clip[3]
-    if seconds >= LONG_SECONDS:
+    if seconds >= LONG_SECONDS and rule == "vbench":
         print(
             f"warning: clips of {seconds:.2f} s; VBench's authors ask for VBench-Long from {LONG_SECONDS:g} s on, "
-            "whose scores differ by points. This is plain VBench, and recorded as such.",
+            "whose scores differ by points. This is plain VBench, and recorded as such; --protocol long is theirs.",
+            file=sys.stderr,
+        )
+    if seconds < LONG_SECONDS and rule != "vbench":
+        print(
+            f"warning: clips of {seconds:.2f} s scored by VBench-Long, which its authors ask for from "
+            f"{LONG_SECONDS:g} s on; this is recorded.",
             file=sys.stderr,
         )
     return {
         "set": kind,
-        "rule": "VBench",
+        "rule": RULES[rule],
         "long_rule_applies": seconds >= LONG_SECONDS,
         "frames": clip[0], "height": clip[1], "width": clip[2], "fps": clip[3],
         "prompts": config.get("prompts"),

@@ -1,4 +1,4 @@
-"""Every file that the sixteen dimensions read besides code that pip installs: where it comes from and where it goes."""
+"""Every file that the sixteen dimensions and VBench-Long read besides what pip installs: its source and its place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ _VBENCH = f"{_HF}/OpenGVLab/VBench_Used_Models/resolve/main"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
 _DINO = "https://raw.githubusercontent.com/facebookresearch/dino/7c446df5b9f45747937fb0d72314eb9f7b66930a"
 _BERT = f"{_HF}/google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f723594"
+
+_DINO_V2 = "https://raw.githubusercontent.com/facebookresearch/dinov2/b8931f7bf91576930313be2c6d6af376033b35f0"
+_LONG = "https://raw.githubusercontent.com/Vchitect/VBench/45e79ec14e69a2187202c675d2dbce1a71843d53/vbench2_beta_long"
 
 Kind = Literal["torch", "torchscript", "safetensors", "gzip", "text"]
 
@@ -30,6 +33,22 @@ class WeightFile:
     size: int | None = None
     """Bytes, where published."""
 
+
+_DINO_V2_CODE = {
+    "dinov2/__init__.py": "0d2b87b7e71c7f7279ccc4b4f8b541d26071425284a0ea01a5a435fac4511cfe",
+    "dinov2/models/__init__.py": "87b360c71997314f41be1c497cc42326fc32617d3a2840f2f19d3795ca8b85ee",
+    "dinov2/models/vision_transformer.py": "495c685c6da47452fd6b2ef0d2e04563e6cfc9a090ff5dec3c5b4386bb7cdf30",
+    "dinov2/layers/__init__.py": "1b55deed39d5ab0b589bef421bbfe06f24a10cd590a0f8403234c9ee4e34109d",
+    "dinov2/layers/attention.py": "79c7be7a452b3aad96698ec38d5d5150b9f4d8ac084fa93324510dc9f624775d",
+    "dinov2/layers/block.py": "60c0ac7dfa4474be313fabfa5a23d82faf6f0cecd4e720a88be35de9788cb636",
+    "dinov2/layers/dino_head.py": "9fdb1fa61c0609dc0876f711f9d0d828c33bf9fd972aab3d9c968d44e16b98d1",
+    "dinov2/layers/drop_path.py": "b9f8236e86054b9d9a71275efcad2a9ecaa1f86b529d4b8d6109ddb5e806f67a",
+    "dinov2/layers/layer_scale.py": "dadd5aafe178f1bf72a205a02a6645c7e635cacbad585d4a7369c200c6e89135",
+    "dinov2/layers/mlp.py": "255825c73b60a916dd00eb1e38aacbcdbf316e40d6a005efb46e245b7edb43aa",
+    "dinov2/layers/patch_embed.py": "40da6add3d811198ea3e17cb99cdd4e5cda59e369efbbe3d18d89308618cf142",
+    "dinov2/layers/swiglu_ffn.py": "e46d2948fb97e497cf991ff82ce30cb59b59fdf2e12a19568417113716b4f119",
+}
+"""SHA-256 of the files of DINOv2's code that its plain ViT needs."""
 
 FILES: tuple[WeightFile, ...] = (
     WeightFile(
@@ -136,6 +155,21 @@ FILES: tuple[WeightFile, ...] = (
         urls=(f"{_BERT}/model.safetensors",),
         sha256="68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
         size=440449768,
+    ),
+    WeightFile(  # from here: what VBench-Long reads besides
+        path="dinov2_model/dinov2_vitb14_pretrain.pth",
+        kind="torch",
+        urls=("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",),
+    ),
+    *(
+        WeightFile(path=f"dinov2_model/{name}", kind="text", urls=(f"{_DINO_V2}/{name}",), sha256=digest)
+        for name, digest in _DINO_V2_CODE.items()
+    ),
+    WeightFile(
+        path="long_config/subject_mapping_table.yaml",  # the wheel ships VBench-Long's code without it
+        kind="text",
+        urls=(f"{_LONG}/configs/subject_mapping_table.yaml",),
+        sha256="ad6c730b772577d573594ce1ace40e7a70c29ed6b026325589697061cdb86269",
     ),
 )
 """All of them. VBench's own local-file flag misses DINO's second place (the hub's checkpoint folder) and

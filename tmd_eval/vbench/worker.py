@@ -1,7 +1,8 @@
 """Runs inside VBench's environment, as a script: one request in a JSON file, one reply in another.
 
 It must not import the project, whose packages conflict with VBench's. Called as ``python -I worker.py REQUEST REPLY``.
-The request is ``{"action": "import", "dimensions"}``; for the actions "score", "static" and "features" ``{"dimension",
+The request is ``{"action": "import", "dimensions"}``; ``{"action": "split", "videos": [{"path", "folder", "cuts",
+"names", "first_frames", "fps"}]}``; for the actions "score", "static", "features" and "first_frames" ``{"dimension",
 "weights", "videos", "results", "work", "device"}`` where each of the videos is ``{"key", "file", "path", "prompt",
 "auxiliary_info"}``, ``path`` being a link to ``file``; or for "fast" ``{"tasks": [{"dimension", "weights", "videos",
 "results"}], "work", "device"}``. The reply is ``{"ok": true, ...}`` or ``{"ok": false, "error", "message",
@@ -34,14 +35,27 @@ INNER = {
 """Function of the dimension's module that scores a list of videos, where it is not called after the dimension."""
 
 
+STOPWATCH: Any = None
+"""Where the time goes, if a benchmark asks for it."""
+
+
+def load_beside(name: str) -> Any:
+    """A file beside this one as a module: the package around it cannot be imported here."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
     """Audit hook: no connections but to sockets of this machine's own processes."""
     if event == "socket.connect" and isinstance(arguments[1], tuple):
         raise PermissionError(f"no network in a VBench worker (wanted {arguments[1][0]})")
 
 
-def why_not(dimension: str) -> str | None:
-    """Why a dimension cannot be imported, None if it can.
+def why_not(module: str) -> str | None:
+    """Why a module cannot be imported, None if it can.
 
     In a forked process: several dimensions put folders with modules named ``utils`` on the path, and one must not pass
     thanks to another.
@@ -51,7 +65,7 @@ def why_not(dimension: str) -> str | None:
     if child == 0:
         reason = ""
         try:
-            importlib.import_module(f"vbench.{dimension}")
+            importlib.import_module(module)
         except BaseException as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         os.write(writing, reason.encode()[:4000])
@@ -75,6 +89,8 @@ class Results:
 
     def start(self) -> None:
         """A video begins."""
+        if STOPWATCH is not None:
+            STOPWATCH.reset()
         self.clocks = time.perf_counter(), time.process_time()
 
     def add(self, path: str, row: dict[str, Any] | None) -> None:
@@ -88,6 +104,8 @@ class Results:
             value, extra = None, {"not_a_number": str(row and row["video_results"])}
         line = {"key": self.keys[path], "value": value, "extra": extra}
         line |= {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
+        if STOPWATCH is not None:
+            line["parts"] = STOPWATCH.seconds
         self.file.write((json.dumps(line, default=_number) + "\n").encode())
         os.fsync(self.file.fileno())
 
@@ -244,14 +262,83 @@ def features(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def write_clip(path: Path, frames: Any, fps: int) -> None:
+    """Write (T, H, W, 3) of uint8 as VBench-Long does, with x264's defaults; one thread, for the same bytes always."""
+    import av
+
+    part = path.with_name(f".tmp-{os.getpid()}.mp4")
+    with av.open(str(part), "w", options={"fflags": "+bitexact"}) as container:
+        stream: Any = container.add_stream("libx264", rate=fps)
+        stream.pix_fmt = "yuv420p"
+        stream.height, stream.width = frames.shape[1:3]
+        stream.options = {"threads": "1"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    part.replace(path)
+
+
+def split(request: dict[str, Any]) -> dict[str, Any]:
+    """Cut videos into VBench-Long's pieces, and put the first frames of the pieces, as coded, into a video."""
+    import numpy as np
+    from vbench.utils import load_video
+
+    failed = {}
+    for video in request["videos"]:
+        folder, firsts = Path(video["folder"]), []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            frames = load_video(video["path"], return_tensor=False)
+            for (start, stop), name in zip(video["cuts"], video["names"], strict=True):
+                write_clip(folder / name, frames[start:stop], video["fps"])
+                firsts.append(load_video(str(folder / name), return_tensor=False)[0])
+            if len(firsts) > 1:
+                write_clip(folder / video["first_frames"], np.stack(firsts), video["fps"])
+        except Exception as error:
+            traceback.print_exc()
+            failed[video["path"]] = f"{type(error).__name__}: {error}"
+    return {"failed": failed}
+
+
+def first_frames(request: dict[str, Any]) -> dict[str, Any]:
+    """Mean cosine of each frame with the one before and the first one, in DINOv2's features."""
+    import torch
+    from torch.nn.functional import cosine_similarity, normalize
+    from torchvision import transforms  # type: ignore[import-untyped]
+    from vbench.utils import load_video
+
+    torch.set_grad_enabled(False)
+    path = Path(request["weights"][0])
+    sys.path.insert(0, str(path.parent))
+    from dinov2.models.vision_transformer import vit_base  # type: ignore[import-not-found]  # lies among the weights
+
+    model = vit_base(patch_size=14, img_size=518, init_values=1.0, ffn_layer="mlp", block_chunks=0)  # as in its hubconf
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=False))
+    model.to(request["device"]).eval()
+    transform = transforms.Compose(
+        [
+            transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.Lambda(lambda x: x.float().div(255.0)),
+            transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        ]
+    )
+    results = Results(request["results"], request["videos"])
+    for video in request["videos"]:
+        results.start()
+        images = transform(load_video(video["path"])).to(request["device"])
+        features = normalize(torch.cat([model(image[None]) for image in images]), dim=-1)
+        before = cosine_similarity(features[:-1], features[1:]).clamp(min=0)
+        first = cosine_similarity(features[:1], features[1:]).clamp(min=0)
+        results.add(video["path"], {"video_results": float(((before + first) / 2).mean())})
+    return {}
+
+
 def fast(request: dict[str, Any]) -> dict[str, Any]:
     """Let the fast engine, in the file beside this one, do the tasks that it has functions for, all at once."""
     import torch
 
-    spec = importlib.util.spec_from_file_location("fast", Path(__file__).with_name("fast.py"))
-    assert spec is not None and spec.loader is not None
-    engine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(engine)
+    engine = load_beside("fast")
     torch.load = functools.partial(torch.load, weights_only=False)
     torch.set_grad_enabled(False)
     if request["device"].startswith("cuda") and not torch.cuda.is_available():
@@ -278,12 +365,19 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     if request["action"] != "import":
         die_with_parent()
+        if os.environ.get("TMD_EVAL_VBENCH_PARTS"):
+            global STOPWATCH
+            STOPWATCH = load_beside("stopwatch").install()
     try:
         if request["action"] == "import":
             importlib.import_module("vbench.utils")  # torch and torchvision, once for all
-            reply = {"ok": True, "reasons": {name: why_not(name) for name in request["dimensions"]}}
+            reply = {"ok": True, "reasons": {name: why_not(f"vbench.{name}") for name in request["dimensions"]}}
+            reply["long"] = why_not("vbench2_beta_long.subject_consistency")
         else:
-            actions = {"score": score, "static": static, "features": features, "fast": fast}
+            actions = {
+                "score": score, "static": static, "features": features, "fast": fast, "split": split,
+                "first_frames": first_frames,
+            }  # fmt: skip
             reply = {"ok": True, **actions[request["action"]](request)}
     except Exception as error:
         reply = {"ok": False, "error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
