@@ -24,7 +24,7 @@ from torch import Tensor
 from students.base import Base, load_base
 from students.errors import ConfigError
 from students.nfe import branches, check_h, effective_nfe
-from students.published import open_file, open_pipeline
+from students.published import exported_base, open_file, open_pipeline
 from students.sampling import Clock, VideoNoise, sample_plain, sample_teacher, sample_tmd, untimed
 from students.spec import BaseRecord, StudentSpec
 from students.tmd import TMDStudent
@@ -300,15 +300,32 @@ def open_checkpoint(
     if path.is_file():
         found = open_file(path, **options)
         return Checkpoint(str(ref), path.stem, found.hash, found.base, found.spec, found.network)
-    if str(ref) != "micro" and path.is_dir() and not (path / "model_index.json").is_file():
-        raise ConfigError(f"{path} has neither student.json nor model_index.json; it is not a checkpoint or pipeline.")
+    if str(ref) != "micro":
+        check_folder(path)
     base = load_base(str(ref), **options)
     name = Path(base.ref).name
     if (base.folder / "transformer" / "student.json").is_file():
-        return _open_student(base.folder / "transformer", base, base.ref, name)
+        return _open_student(base.folder / "transformer", exported_base(base), base.ref, name)
     if (few := open_pipeline(base)) is not None:
         return Checkpoint(base.ref, name, few.hash, base, few.spec, few.network)
     return Checkpoint(base.ref, name, base.hash, base, None, None)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that is neither a checkpoint nor a pipeline, and say what of it may be meant.
+
+    Raises:
+        ConfigError: it is such a folder.
+    """
+    if not path.is_dir() or any((path / name).is_file() for name in ("student.json", "model_index.json")):
+        return
+    found = [file for kind in ("*.safetensors.index.json", "*.safetensors", "*.pt*") for file in path.glob(kind)]
+    hint = f"; to open weights that lie in it, name their file, such as {found[0]}" if found else ""
+    if any((path / part / ".metadata").is_file() for part in (".", "model")):
+        hint = ", but torch's distributed checkpoint: gather it with torch.distributed.checkpoint's dcp_to_torch_save"
+    raise ConfigError(
+        f"{path} has neither student.json nor model_index.json; it is not a checkpoint or pipeline{hint}."
+    )
 
 
 def base_of_student(folder: Path, **options: Any) -> Base:

@@ -47,6 +47,7 @@ def read_facts(folder: Path) -> Facts:
     if not path.is_file():
         return Facts()
     record = read_json(path)
+    record.pop("encoder_hash", None)  # written by ckpt export, read by students.published.exported_base
     shift = record.pop("flow_shift", None)
     actual = None if shift is None else read_json(folder / "scheduler" / "scheduler_config.json").get("flow_shift")
     if shift != actual:

@@ -30,7 +30,10 @@ from torch import Tensor
 from students.errors import ConfigError
 from students.weights import check_safetensors, read_json
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+GATE = ".to_gate_compress."
+GATES_NOTE = "trained with video sparse attention; its gates are left out and attention is full here"
+INDEX = ".safetensors.index.json"
+"""Ending of the file that lists the shards of large weights, such as 14B's; it stands for all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +134,14 @@ def read_foreign(path: Path) -> ForeignWeights:
     """
     path = Path(path)
     state = _read(path)
-    if isinstance(state.get("model"), Mapping) and "net" in state["model"]:
-        state = state["model"]["net"]
-        layout = "fastgen"
+    inner = state["model"].get("net") if isinstance(state.get("model"), Mapping) else None
+    if isinstance(inner, Mapping):
+        state, layout = inner, "fastgen"
+    elif isinstance(state.get("model"), Mapping):
+        raise ConfigError(
+            f"{path} holds no network; a sharded run of FastGen keeps it in {path.stem}.net_model beside it: gather "
+            "that with torch.distributed.checkpoint's dcp_to_torch_save."
+        )
     elif "generator" in state or "generator_ema" in state:
         raise ConfigError(
             f"{path} is a checkpoint of CausVid or Self-Forcing; their students are causal (a cache of earlier "
@@ -158,6 +166,7 @@ def read_foreign(path: Path) -> ForeignWeights:
     linear = tensors.get("patch_embedding.weight", torch.empty(0)).ndim == 2
     layout = layout or ("rcm" if names == "wan" and linear else names)
     tensors, layout = _drop_extras(tensors, layout, notes, path)
+    _check_whole(tensors, path)
     return ForeignWeights(path=path, layout=layout, tensors=tensors, schedule=SCHEDULES.get(layout), notes=tuple(notes))
 
 
@@ -226,19 +235,43 @@ def pipeline_schedule(index: Mapping[str, Any], where: Path) -> Schedule | None:
         ) from error
 
 
+def stored_in(path: Path) -> list[Path]:
+    """The files that hold the weights: the file itself, or the shards that a ``.safetensors.index.json`` lists.
+
+    Raises:
+        ConfigError: the index cannot be read, or a shard is missing.
+    """
+    if not path.name.endswith(INDEX):
+        return [path]
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, Mapping) or not names:
+        raise ConfigError(f"{path} lists no shards under weight_map; copy or download it again.")
+    shards = [path.parent / Path(str(name)).name for name in sorted(set(names.values()))]
+    if lacking := [shard for shard in shards if not shard.is_file()]:
+        raise ConfigError(f"{lacking[0]} is missing, though {path.name} lists it; restore the file.")
+    return shards
+
+
 def _read(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
-        check_safetensors(path)
-        return load_file(path)
+    if path.suffix == ".safetensors" or path.name.endswith(INDEX):
+        found: dict[str, Tensor] = {}
+        for part in stored_in(path):
+            check_safetensors(part)
+            found |= load_file(part)
+        return found
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start[:1] not in (b"P", b"\x80"):  # a zip archive, or the plain pickle of torch before 1.6
+            raise EOFError(f"it starts with {start!r}" if start else "it is empty")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=start[:1] == b"P")
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path} holds objects that only running its code could restore, so it is not loaded; re-save its weights "
             "alone where it was made (torch.save of the state_dict, or safetensors)."
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise ConfigError(
             f"{path} is truncated or no file of torch.save ({reason}); copy or download it again."
         ) from error
@@ -287,6 +320,16 @@ def _diffusers_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, 
     )
 
 
+def _check_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Every block has what any block has, and there is an output layer; the rest shows once the base model is known."""
+    parts = {name.split(".", 2)[2] for name in tensors if name.startswith("blocks.")}
+    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    wanted = ["proj_out.weight", *(f"blocks.{block}.{part}" for block in range(last + 1) for part in sorted(parts))]
+    if lacking := [name for name in wanted if name not in tensors]:
+        shards = "it is one of several shards, so name the .index.json beside it" if "-of-" in path.name else ""
+        raise ConfigError(f"{path} lacks {lacking[0]} of a Wan transformer; {shards or 'copy or download it again'}.")
+
+
 def _drop_extras(
     tensors: dict[str, Tensor], layout: str, notes: list[str], path: Path
 ) -> tuple[dict[str, Tensor], str]:
@@ -298,9 +341,9 @@ def _drop_extras(
     ):
         if any(part in name for name in tensors):
             raise ConfigError(f"{path} has {what}.")
-    gates = [name for name in tensors if ".to_gate_compress." in name]
+    gates = [name for name in tensors if GATE in name]
     if gates:
-        notes.append("trained with video sparse attention; its gates are left out and attention is full here")
+        notes.append(GATES_NOTE)
         layout = "fastvideo"
     scalars = [name for name in tensors if name.startswith("logvar_linear.")]
     if scalars:

@@ -13,9 +13,9 @@ from diffusers import WanTransformer3DModel
 
 from students.base import Base, load_base, micro_folder
 from students.errors import ConfigError
-from students.foreign import ForeignWeights, Schedule, build_transformer, pipeline_schedule, read_foreign
+from students.foreign import ForeignWeights, Schedule, build_transformer, pipeline_schedule, read_foreign, stored_in
 from students.spec import BaseRecord, StudentSpec
-from students.weights import file_hash, read_json
+from students.weights import combined_hash, file_hash, read_json
 
 WAN_BASES = {
     (1536, 30): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -83,7 +83,8 @@ def open_file(
     pipeline = load_base(base or default_base(weights), dtype=dtype or torch.float32, **options)
     network = build_transformer(weights, pipeline.folder / "transformer" / "config.json", dtype)
     network.to(pipeline.storage)
-    digest = file_hash(path)
+    parts = stored_in(path)
+    digest = file_hash(path) if parts == [path] else combined_hash(parts)
     if schedule is None:
         pipeline = with_transformer(pipeline, network, digest)
         return Published(pipeline, None, None, pipeline.hash)
@@ -118,6 +119,23 @@ def spec_of(schedule: Schedule, base: Base, origin: dict[str, Any]) -> StudentSp
         **fields, m=len(schedule.outer_grid) - 1, blocks=base.blocks, text_length=base.text_length,
         base=BaseRecord.of(base), training={"origin": origin, "schedule": source},
     )  # fmt: skip
+
+
+def exported_base(base: Base) -> Base:
+    """An exported student's base model under the hash of the one it was distilled from, so that either goes on with the
+    other's run folders.
+
+    The folder's own hash covers the student's weights in the teacher's place. The record counts as long as VAE and text
+    encoder are those of the export.
+
+    Args:
+        base: of a pipeline folder whose transformer has a ``student.json``.
+    """
+    facts = base.folder / "base.json"
+    if facts.is_file() and read_json(facts).get("encoder_hash") == base.encoder_hash:
+        record = StudentSpec.from_file(base.folder / "transformer" / "student.json").base
+        vars(base)["hash"] = record.hash  # the place of the cached property
+    return base
 
 
 def with_transformer(base: Base, network: WanTransformer3DModel, digest: str) -> Base:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from students.base import load_base
@@ -22,6 +24,8 @@ from tests.test_foreign import fastgen, rcm
 from tests.tiny import TEXT_LENGTH, tiny_pipeline, tiny_transformer
 from tmd_eval.checkpoints import convert, export, inspect
 from tmd_eval.commands.ckpt import app
+from tmd_eval.generate import generate_run
+from tmd_eval.prompts import single_prompt
 
 PROMPTS = ["a red circle moves left", "a blue square moves up slowly"]
 
@@ -58,6 +62,27 @@ def test_round_trip_to_the_bit(pipeline: Path, tmp_path: Path, plain: bool, samp
     export(str(tmp_path / "exported"), tmp_path / "again")  # an export of an export is the same
     assert open_checkpoint(tmp_path / "again").hash == before.hash
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "exported", "student"]  # no debris
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_an_exported_student_goes_on_with_the_run(pipeline: Path, tmp_path: Path, plain: bool) -> None:
+    """The unit key is the same by checkpoint folder and by export, unless the export's VAE is another one."""
+    folder, out, run = student_folder(tmp_path / "student", pipeline, plain=plain), tmp_path / "out", tmp_path / "run"
+    export(str(folder), out)
+    export(str(out), tmp_path / "again")
+    bases = [open_checkpoint(path).base.hash for path in (folder, out, tmp_path / "again")]
+    assert set(bases) == {load_base(str(pipeline)).hash} and load_base(str(out)).hash != bases[0]
+    prompts = single_prompt(PROMPTS[0])
+    generate_run(folder, prompts, run, device="cpu")
+    manifest = (run / "manifest.jsonl").read_text()
+    generate_run(out, prompts, run, device="cpu")
+    assert (run / "manifest.jsonl").read_text() == manifest  # with its seconds: nothing was made
+    vae = out / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(vae).items()}, vae)
+    assert open_checkpoint(out).base.hash not in bases
+    generate_run(out, prompts, run, device="cpu")
+    row, old = (json.loads(text) for text in ((run / "manifest.jsonl").read_text(), manifest))
+    assert row["checkpoint_hash"] == old["checkpoint_hash"] and row["key"] != old["key"]
 
 
 def test_plain_student_in_diffusers(pipeline: Path, tmp_path: Path) -> None:
@@ -121,6 +146,24 @@ def test_bf16_weights_stay_as_they_are(pipeline: Path, tmp_path: Path) -> None:
     assert again.outer_grid == pytest.approx(spec.outer_grid)
     back = open_checkpoint(tmp_path / "back").network.state_dict()
     assert all(torch.equal(back[name], tensor.float()) for name, tensor in network.state_dict().items())
+
+
+def test_a_pipeline_with_gates_of_sparse_attention(pipeline: Path, tmp_path: Path) -> None:
+    """FastWan's published folder: diffusers' names, FastVideo's class, gates that diffusers' network lacks."""
+    folder = Path(shutil.copytree(pipeline, tmp_path / "FastWan"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanDMDPipeline"}))
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    gates = {f"blocks.{i}.to_gate_compress.bias": torch.zeros(24) for i in range(4)}
+    save_file({**load_file(path), **gates}, path)
+    row = inspect(str(folder))
+    assert (row["kind"], row["m"], row["guidance"], row["sampler"]) == ("plain student", 3, 1.0, "sde")
+    assert "gates are left out" in row["notes"][0] and row["parameters"] == inspect(str(pipeline))["parameters"]
+    video = open_checkpoint(folder).sample(PROMPTS[:1], [1])
+    export(str(folder), tmp_path / "out")
+    convert(str(folder), tmp_path / "student")
+    for again in ("out", "student"):
+        assert torch.equal(open_checkpoint(tmp_path / again).sample(PROMPTS[:1], [1]), video)
 
 
 def test_teacher_out_and_in(pipeline: Path, tmp_path: Path) -> None:

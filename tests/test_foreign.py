@@ -211,6 +211,35 @@ def test_pipeline_folders_of_few_step_students(pipeline: Path, tmp_path: Path) -
             open_checkpoint(folder)
 
 
+def test_a_model_in_shards_is_opened_by_its_index(
+    pipeline: Path, student: WanTransformer3DModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14B's files come in shards, in original names too; the hash covers every one of them."""
+    monkeypatch.setattr("students.published.WAN_BASES", {(24, 4): str(pipeline)})
+    state = original_names(student.state_dict())
+    places = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(state)}
+    for shard in set(places.values()):
+        save_file({name: state[name].clone() for name in state if places[name] == shard}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    opened = open_checkpoint(index)
+    whole = open_checkpoint(write(tmp_path, "original Wan", student.state_dict()))
+    assert all(torch.equal(t, whole.network.state_dict()[n]) for n, t in opened.network.state_dict().items())
+    second = tmp_path / "model-00002-of-00002.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(second).items()}, second)
+    assert open_checkpoint(index).hash != opened.hash
+    with pytest.raises(ConfigError, match=r"name their file, such as .*index\.json"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"name the \.index\.json beside it|no Wan transformer"):
+        read_foreign(second)
+    second.unlink()
+    with pytest.raises(ConfigError, match=r"00002-of-00002\.safetensors is missing, though"):
+        open_checkpoint(index)
+    index.write_text("{}")
+    with pytest.raises(ConfigError, match="lists no shards"):
+        open_checkpoint(index)
+
+
 class Payload:
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("/tmp/tmd-eval-must-not-exist"),))
@@ -229,7 +258,14 @@ def test_what_cannot_or_must_not_be_read(pipeline: Path, student: WanTransformer
     path.write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ConfigError, match=r"not loaded|truncated"):
         read_foreign(path)
+    for page in (b"<html>404</html>", b"", b"P"):
+        path.write_bytes(page)
+        with pytest.raises(ConfigError, match=r"truncated or no file of torch\.save"):
+            read_foreign(path)
     refuse("only running its code", {"net.x": Payload()})
+    refuse(r"bad\.net_model beside it", {"model": {}, "iteration": 5})
+    refuse(r"lacks proj_out\.weight", {k: v for k, v in rcm(state).items() if "head.head" not in k})
+    refuse(r"lacks blocks\.2\.", {k: v for k, v in rcm(state).items() if "blocks.2." not in k})
     assert not Path("/tmp/tmd-eval-must-not-exist").exists()
     refuse("causal", {"generator_ema": state})
     refuse("no Wan transformer in a known layout", {"a": torch.zeros(1)})
@@ -237,6 +273,8 @@ def test_what_cannot_or_must_not_be_read(pipeline: Path, student: WanTransformer
     refuse("lacks blocks.0", {k: v for k, v in state.items() if k != "blocks.0.ffn.net.2.bias"})
     refuse(r"blocks.0.ffn.net.2.bias is \(3,\), not \(24,\)", {**state, "blocks.0.ffn.net.2.bias": torch.zeros(3)})
     refuse("extra beyond", {**state, "extra": torch.zeros(3)})
+    torch.save(rcm(state), path, _use_new_zipfile_serialization=False)  # as torch before 1.6 wrote
+    assert read_foreign(path).layout == "rcm"
     whole = write(tmp_path, "rcm", state).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match="truncated"):

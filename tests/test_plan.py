@@ -22,7 +22,7 @@ from students.errors import ConfigError, QualityGateError
 from students.method import Shape
 from students.parallel import embed_time_in_full, store_low
 from tmd_eval.cli import app
-from tmd_eval.plan import block_flops, make_plan, sizes_of, tokens_of
+from tmd_eval.plan import RESERVE, Plan, advice, block_flops, make_plan, sizes_of, tokens_of
 from tmd_eval.plan_activations import (
     LiveBytes,
     Sizes,
@@ -204,6 +204,25 @@ def test_parts_over_gpus(counted: None) -> None:
     assert sharded.memory.activations == one.activations / 8  # one pair a GPU instead of eight
     assert sharded.memory.gathered > 0 and sharded.memory.total < one.total / 4
     assert sharded.flops_iteration == make_plan(config, 1, SIZES).flops_iteration
+
+
+def test_advice_asks_for_nothing_needless(counted: None) -> None:
+    """Settings that turn out superfluous once another one is there are not asked for; GPUs come last."""
+
+    def advised(gpus: int, enough: Plan) -> list[str]:
+        found = advice(make_plan(config, gpus), enough.memory.total / 2**30 / (1 - RESERVE) * 1.0001)
+        assert found[-1][1].fits(enough.memory.total / 2**30 / (1 - RESERVE) * 1.0001)
+        return [what for what, _ in found]
+
+    config = config_of("micro_tmd_n2h2_stage2", "batch=64", "micro_batch=1")
+    wide = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, shard="fsdp"))
+    assert advised(8, make_plan(wide, 8)) == ["parallel.shard=fsdp"]
+    assert advised(2, make_plan(wide, 8)) == ["--gpus 8 with parallel.shard=fsdp"]
+    config = wide
+    shared = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, context=2))
+    assert make_plan(shared, 8).memory.activations == make_plan(wide, 8).memory.activations / 2
+    hopeless = advice(make_plan(config, 8), 0.001)
+    assert not hopeless[-1][1].fits(0.001) and "--gpus 64" in [what for what, _ in hopeless]
 
 
 def call(*words: str) -> Any:

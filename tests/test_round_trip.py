@@ -86,6 +86,8 @@ def test_a_student_of_two_ranks_goes_through_every_command(
     state = served.transformer.state_dict()
     assert set(weights) <= set(state) and all(torch.equal(state[key], weights[key]) for key in weights)
 
+    same = call("generate", "--prompts", prompts, "--out", run, "--device", "cpu", "--ckpt", out)
+    assert (same["made"], same["changed"]) == (0, 0)  # the export goes on with the checkpoint folder's run
     again = call("generate", "--prompts", prompts, "--out", tmp_path / "back", "--device", "cpu", "--ckpt", out)
     assert again["made"] == 2
     files = [sorted((folder / "videos").iterdir()) for folder in (run, tmp_path / "back")]

@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 
 from students.base import Base, load_base
-from students.checkpoint import base_of_student, save_student, student_hash
+from students.checkpoint import base_of_student, check_folder, save_student, student_hash
 from students.errors import ConfigError
 from students.facts import Facts
-from students.foreign import Schedule, pipeline_schedule, read_foreign
+from students.foreign import GATE, GATES_NOTE, Schedule, pipeline_schedule, read_foreign
 from students.nfe import effective_nfe
 from students.published import default_base, open_file, spec_of
 from students.spec import StudentSpec
@@ -60,9 +60,16 @@ def inspect(ref: str) -> dict[str, Any]:
             facts["base"] = default_base(weights)
         except ConfigError:
             facts["notes"] += ["its shape belongs to no known base model: convert it with --base FOLDER"]
+        if weights.schedule is None:
+            facts["notes"] += ["nothing says how it is sampled, so as a teacher: a student needs ckpt convert --times"]
         return _row(ref, facts, weights.schedule)
-    base = load_base(ref)
-    return _of_pipeline(ref, base)
+    return _of_pipeline(ref, _pipeline(ref))
+
+
+def _pipeline(ref: str) -> Base:
+    if ref != "micro":
+        check_folder(Path(ref).expanduser())
+    return load_base(ref)
 
 
 def _of_pipeline(ref: str, base: Base) -> dict[str, Any]:
@@ -72,7 +79,8 @@ def _of_pipeline(ref: str, base: Base) -> dict[str, Any]:
     schedule = pipeline_schedule(read_json(base.folder / "model_index.json"), base.folder)
     config = read_json(transformer / "config.json")
     width = config.get("num_attention_heads", 40) * config.get("attention_head_dim", 128)
-    facts = {"layout": "diffusers pipeline", "width": width, "blocks": base.blocks, "base": base.ref, "notes": []}
+    facts = {"layout": "diffusers pipeline", "width": width, "blocks": base.blocks, "base": base.ref}
+    facts["notes"] = [GATES_NOTE] if _gated(transformer) else []
     row = _row(ref, {**facts, **_stored(transformer)}, schedule)
     if schedule is None:
         row |= {"guidance": base.guidance, "sampler": type(base.scheduler).__name__, "text_length": base.text_length}
@@ -103,7 +111,7 @@ def convert(
         found = open_file(path, base, schedule, dtype=None)
         spec, network = found.spec, found.network
     else:
-        pipeline = load_base(ref, dtype=_common_dtype(load_base(ref).folder / "transformer"))
+        pipeline = load_base(ref, dtype=_common_dtype(_pipeline(ref).folder / "transformer"))
         stated = schedule or pipeline_schedule(read_json(pipeline.folder / "model_index.json"), pipeline.folder)
         origin = {"pipeline": pipeline.ref, "revision": pipeline.revision}
         spec = None if stated is None else spec_of(stated, load_base(base) if base else pipeline, origin)
@@ -151,9 +159,13 @@ def export(ref: str, out: Path, *, base: str | None = None) -> dict[str, Any]:
             pipeline, spec = base_of_student(path), StudentSpec.from_file(path / "student.json")
             _copy(path, folder / "transformer")
         else:
-            pipeline = load_base(ref)
-            spec = _spec_of_pipeline(pipeline)
-            _copy(pipeline.folder / "transformer", folder / "transformer")
+            pipeline = _pipeline(ref)
+            spec, source = _spec_of_pipeline(pipeline), pipeline.folder / "transformer"
+            if spec is not None and _gated(source):
+                pipeline = load_base(ref, dtype=_common_dtype(source))
+                save_student(folder / "transformer", pipeline.transformer, spec)
+            else:
+                _copy(source, folder / "transformer")
             if spec is not None:
                 (folder / "transformer" / "student.json").write_text(spec.to_json(), encoding="utf-8")
         for part in (*PIPELINE_PARTS, "scheduler"):
@@ -195,6 +207,8 @@ def _describe(folder: Path, base: Base, spec: StudentSpec | None) -> None:
             **{key: getattr(base, key) for key in ("text_length", "frames", "height", "width", "fps")},
         }
     facts = {name: getattr(base, name) for name in Facts.__dataclass_fields__}
+    if spec is not None:
+        facts["encoder_hash"] = base.encoder_hash
     (folder / "base.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(spec, base, _stored(folder / "transformer")), encoding="utf-8")
@@ -220,7 +234,8 @@ def _of_student(ref: str, folder: Path, layout: str) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     shape = config.get("transformer", config)
     width = shape.get("num_attention_heads", 40) * shape.get("attention_head_dim", 128)
-    row = _row(ref, {"layout": layout, "width": width, **_stored(folder), "notes": []}, None)
+    notes = spec.training.get("origin", {}).get("notes", [])
+    row = _row(ref, {"layout": layout, "width": width, **_stored(folder), "notes": notes}, None)
     record = asdict(spec)
     row |= {key: record[key] for key in row if key in record and key != "base"}
     return row | {
@@ -248,24 +263,29 @@ def _row(ref: str, facts: dict[str, Any], schedule: Schedule | None) -> dict[str
     return row | fields | {"kind": "plain student", "m": steps, "effective_nfe": float(steps)}
 
 
-def _headers(folder: Path) -> Iterator[tuple[str, int]]:
-    """Precision and number of values of every stored tensor; reads headers only."""
+def _headers(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """Name, precision and number of values of every stored tensor; reads headers only."""
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 part = file.get_slice(name)
-                yield part.get_dtype(), int(torch.Size(part.get_shape()).numel())
+                yield name, part.get_dtype(), int(torch.Size(part.get_shape()).numel())
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    found = list(_headers(folder))
+    found = [(kind, count) for name, kind, count in _headers(folder) if GATE not in name]
     names = sorted({str(DTYPES.get(kind, kind)).removeprefix("torch.") for kind, _ in found})
     return {"parameters": sum(count for _, count in found), "dtypes": names}
 
 
+def _gated(folder: Path) -> bool:
+    """True for a transformer with the gates of FastVideo's sparse attention, which diffusers' has no place for."""
+    return any(GATE in name for name, _, _ in _headers(folder))
+
+
 def _common_dtype(folder: Path) -> torch.dtype:
     counts: Counter[str] = Counter()
-    for kind, values in _headers(folder):
+    for _, kind, values in _headers(folder):
         counts[kind] += values
     return DTYPES.get(counts.most_common(1)[0][0], torch.float32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,25 @@ def block_flops(sizes: Sizes) -> float:
     return 8 * s * d**2 + 4 * s**2 * d + 4 * s * d**2 + 4 * t * d**2 + 4 * s * t * d + 4 * s * d * shape["ffn_dim"]
 
 
-def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None) -> Plan:
+class Counts(dict[Any, dict[tuple[str, ...], int]]):
+    """Counted activations by the settings in which plans of one run differ; a count takes many seconds."""
+
+    def of(self, config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...], int]:
+        """As :func:`tmd_eval.plan_activations.activation_bytes`."""
+        key = config.precision, config.gradient_checkpointing, config.parallel.checkpoint_head
+        if key not in self:
+            self[key] = activation_bytes(config, sizes)
+        return self[key]
+
+
+def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None, counts: Counts | None = None) -> Plan:
     """The plan of a run.
 
     Args:
         config: the run.
         gpus: ranks.
         sizes: of the base model; None: :func:`sizes_of`.
+        counts: of other plans of this run.
 
     Raises:
         ConfigError: the base model is unknown, or the batch or the layout does not suit the GPUs.
@@ -153,7 +165,7 @@ def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None) -> Pla
     cost = sum(config.kind.cost(config.method, i, shape).total for i in range(1, config.iterations + 1))
     setup = config.kind.setup_cost(config.method, shape).total if config.kind.setup_cost else 0.0
     one = block_flops(sizes)
-    counted = activation_bytes(config, sizes)
+    counted = (Counts() if counts is None else counts).of(config, sizes)
     memories = [
         _memory(config, gpus, networks, turn, round(live * pairs / config.parallel.context))
         for turn, live in counted.items()
@@ -224,48 +236,100 @@ def _kept_gathered(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters() if id(p) not in within) if blocks else 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One setting that takes memory off a GPU."""
+
+    text: str
+    """As it is written on the command line."""
+    config: Callable[[TrainConfig], TrainConfig]
+    """The run with it."""
+    gpus: int | None = None
+    """Other number of ranks."""
+    kind: str
+    """What it changes."""
+    replaces: tuple[str, ...]
+    """Kinds of earlier changes whose place it takes."""
+
+
 def advice(plan: Plan, gpu_memory: float) -> list[tuple[str, Plan]]:
-    """Changes that make a run fit, each on top of those before it, up to the first that does.
+    """The changes that make a run fit, none of them needless; more GPUs only where those at hand cannot do.
 
     Args:
         plan: of a run that does not fit.
         gpu_memory: GiB of one GPU.
+
+    Returns:
+        Changes, each on top of those before it, with the plan after it; the last one fits, if any known here does.
     """
-    found: list[tuple[str, Plan]] = []
-    for what, config, gpus in _steps(plan.config, plan.gpus):
+    sizes, counts = sizes_of(plan.config.base), Counts()
+
+    def after(changes: Sequence[Change]) -> Plan | None:
+        config, gpus = plan.config, plan.gpus
+        for change in changes:
+            config, gpus = change.config(config), change.gpus or gpus
         try:
-            found.append((what, make_plan(config, gpus)))
-        except ConfigError:
+            return make_plan(config, gpus, sizes, counts)
+        except ConfigError:  # the batch or the heads cannot be shared so
+            return None
+
+    def fits(changes: Sequence[Change]) -> bool:
+        found = after(changes)
+        return found is not None and found.fits(gpu_memory)
+
+    chosen: list[Change] = []
+    for change in _changes(plan.config, plan.gpus):
+        trial = [*(other for other in chosen if other.kind not in change.replaces), change]
+        if after(trial) is None:
             continue
-        if found[-1][1].fits(gpu_memory):
+        chosen = trial
+        if fits(chosen):
             break
-    return found
+    if fits(chosen):
+        for change in reversed(chosen[:-1]):  # the costliest first
+            fewer = [other for other in chosen if other is not change]
+            chosen = fewer if fits(fewer) else chosen
+    plans = [(change.text, after(chosen[: i + 1])) for i, change in enumerate(chosen)]
+    return [(text, found) for text, found in plans if found is not None]
 
 
-def _steps(config: TrainConfig, gpus: int) -> Iterator[tuple[str, TrainConfig, int]]:
+def _changes(config: TrainConfig, gpus: int) -> Iterator[Change]:
+    """What may help, the cheapest in time and money first."""
     parallel = config.parallel
+
+    def own(name: str, value: Any) -> Change:
+        return Change(
+            text=f"{name}={str(value).lower()}", config=lambda run: dataclasses.replace(run, **{name: value}),
+            kind=name, replaces=(name,),
+        )  # fmt: skip
+
+    def laid_out(name: str, value: Any) -> Change:
+        def change(run: TrainConfig) -> TrainConfig:
+            return dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, **{name: value}))
+
+        text = "null" if value is None else str(value).lower()
+        return Change(text=f"parallel.{name}={text}", config=change, kind=name, replaces=(name,))
+
+    def context(ranks: int) -> Iterator[Change]:
+        for share in (2, 4, 8):
+            if share > parallel.context and ranks % share == 0:
+                yield laid_out("context", share)
+
     if config.micro_batch != 1:
-        config = dataclasses.replace(config, micro_batch=1)
-        yield "micro_batch=1", config, gpus
+        yield own("micro_batch", 1)
     if not config.gradient_checkpointing:
-        config = dataclasses.replace(config, gradient_checkpointing=True)
-        yield "gradient_checkpointing=true", config, gpus
+        yield own("gradient_checkpointing", True)
     if config.precision != "bf16":
-        config = dataclasses.replace(config, precision="bf16")
-        yield "precision=bf16", config, gpus
+        yield own("precision", "bf16")
     if parallel.shard == "none" and gpus > 1:
-        parallel = dataclasses.replace(parallel, shard="fsdp")
-        config = dataclasses.replace(config, parallel=parallel)
-        yield "parallel.shard=fsdp", config, gpus
+        yield laid_out("shard", "fsdp")
     if config.kind.flow_head and not parallel.checkpoint_head:
-        parallel = dataclasses.replace(parallel, checkpoint_head=True)
-        config = dataclasses.replace(config, parallel=parallel)
-        yield "parallel.checkpoint_head=true", config, gpus
-    for more in (2, 4, 8):
-        if config.batch % (gpus * more) == 0:
-            both = dataclasses.replace(parallel, shard="fsdp", shard_ranks=None)
-            yield (
-                f"--gpus {gpus * more} with parallel.shard=fsdp",
-                dataclasses.replace(config, parallel=both),
-                gpus * more,
-            )
+        yield laid_out("checkpoint_head", True)
+    if parallel.shard_ranks is not None:
+        yield laid_out("shard_ranks", None)
+    yield from context(gpus)
+    for more in (2, 4, 8, 16):
+        wide = laid_out("shard", "fsdp")
+        text = f"--gpus {gpus * more}" + (f" with {wide.text}" if parallel.shard == "none" else "")
+        yield dataclasses.replace(wide, text=text, gpus=gpus * more, kind="gpus", replaces=("gpus", "context"))
+        yield from context(gpus * more)
