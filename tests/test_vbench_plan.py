@@ -375,6 +375,12 @@ def test_no_gpu_and_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no GPU"):
             runner.devices("cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert runner.devices("cuda:1", None).gpus == ("6",) and runner.devices("cuda", None).count == 2
+    for wrong, sentence in (("gpu", "must be cpu, cuda or cuda:NUMBER"), ("cuda:2", "no GPU 2 here"), ("cuda:x", "be")):
+        with pytest.raises(ConfigError, match=sentence):
+            runner.devices(wrong, None)
     with pytest.raises(ConfigError, match="--workers"):
         runner.devices("cpu", 0)
     assert runner.devices("cpu", None).count == 1

@@ -133,10 +133,10 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the table a
     for text, names in advice.items():
         typer.echo(f"{len(names)} dimensions: {text}")
     typer.echo(f"{sum(row['ready'] for row in rows)} of {len(rows)} dimensions are ready")
-    lacking = [
-        f"{name}: {', '.join(f'{Path(path).name} {text}' for path, text in found.items())}"
-        for name, found in extra["problems"].items()
-    ]
+    lacking = []
+    for name, found in extra["problems"].items():
+        words = [text if path == "dreamsim" else f"{Path(path).name} {text}" for path, text in found.items()]
+        lacking.append(f"{name}: {runner.list_names(words, 3)}")
     typer.echo("VBench-Long lacks nothing more" if not lacking else "VBench-Long (--protocol long) lacks besides:")
     for line in lacking:
         typer.echo(f"  {line}")

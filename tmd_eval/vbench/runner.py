@@ -239,23 +239,28 @@ def devices(device: str, count: int | None, engine: str = "official") -> Workers
     Under torchrun each process is one worker, on the GPU of its ``LOCAL_RANK``.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none, the count is below 1, or the engine unknown.
+        ConfigError: a GPU is asked for and there is none, the count is below 1, or the device or engine unknown.
     """
     if engine not in ("official", "fast"):
         raise ConfigError(f"--engine must be official or fast, not {engine!r}.")
     if count is not None and count < 1:
         raise ConfigError(f"--workers must be at least 1, not {count}.")
     local = os.environ.get("LOCAL_RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    kind, _, number = device.partition(":")
     if device == "cpu":
         return Workers(count=count or 1, device="cpu", engine=engine)
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise ConfigError(f"--device must be cpu, cuda or cuda:NUMBER, not {device!r}.")
     import torch
 
     if not torch.cuda.is_available():
         raise ConfigError(f"There is no GPU here for --device {device}; leave it out or choose cpu.")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if ":" in device:
-        names = [names[int(device.split(":")[1])]]
+    if number:
+        if int(number) >= len(names):
+            raise ConfigError(f"There is no GPU {number} here for --device {device}; there are {len(names)}.")
+        names = [names[int(number)]]
     elif local is not None:
         names = [names[int(local)]]
     return Workers(count=count or len(names), device="cuda", gpus=tuple(names), engine=engine)
