@@ -58,8 +58,9 @@ def test_it_holds_weights_templates_migrations_and_presets(wheel: Path):
 
 
 def test_it_runs_from_an_empty_folder(installed: Path, tmp_path: Path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
     def run(*words: str) -> str:
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         done = subprocess.run(
             [installed / "tmd-eval", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
@@ -69,7 +70,7 @@ def test_it_runs_from_an_empty_folder(installed: Path, tmp_path: Path):
     assert run("--version").startswith("tmd-eval ")
     where = subprocess.run(
         [installed / "python", "-c", "import students; print(students.__file__)"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert str(installed.parent) in where, "the wheel's own code must be what runs"
     caption = "a red circle moves left slowly above a blue square on a dark background"
