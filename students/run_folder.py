@@ -45,6 +45,13 @@ def prepare(out: Path, config: TrainConfig, resume: bool) -> None:
         partial.unlink(missing_ok=True)
 
 
+def withdraw(out: Path) -> None:
+    """Take back a run's ``config.yaml`` that nothing followed, so that the mended command finds the folder empty."""
+    if [path.name for path in out.iterdir()] == ["config.yaml"]:
+        (out / "config.yaml").unlink()
+        out.rmdir()
+
+
 def complete(out: Path, config: TrainConfig) -> bool:
     """True if the run's checkpoint is there and has all its iterations."""
     path = out / "checkpoint" / "student.json"

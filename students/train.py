@@ -37,13 +37,14 @@ from students.method import Batch
 from students.parallel import free_gathered
 from students.preview import Preview
 from students.revision import code_revision
-from students.run_folder import StopRequest, complete, prepare, restarted, resume_command
+from students.run_folder import StopRequest, complete, prepare, restarted, resume_command, withdraw
 from students.states import States
 from students.trainer_state import (
     Average,
     MetricLog,
     NonFiniteError,
     TrainingInterrupted,
+    import_wandb,
     latest_state,
     told_when_full,
 )
@@ -73,10 +74,16 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     with Ranks(config.device, context=context) as ranks, told_when_full(out), _deterministic(ranks.device):
         config.passes(ranks.data_world)
         again = resume or restarted()
-        ranks.agree(lambda: prepare(out, config, again) if ranks.main else None)
+        new = not (out.is_dir() and any(out.iterdir()))
+        ranks.agree(lambda: _begin(out, config, again) if ranks.main else None)
         if complete(out, config):
             return out / "checkpoint"
-        parts = build_parts(config, ranks, progress=progress and ranks.main)
+        try:
+            parts = build_parts(config, ranks, progress=progress and ranks.main)
+        except TmdError:
+            if new and ranks.main:
+                withdraw(out)
+            raise
         run = Run(config, ranks, parts)
         path = latest_state(out)
         if path is not None:
@@ -86,6 +93,13 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         run.export()
         ranks.barrier()
     return out / "checkpoint"
+
+
+def _begin(out: Path, config: TrainConfig, again: bool) -> None:
+    """Refuse what cannot go on, before anything is written or loaded; then write ``config.yaml``."""
+    if config.wandb:
+        import_wandb(config.wandb)
+    prepare(out, config, again)
 
 
 @contextlib.contextmanager
@@ -148,7 +162,8 @@ class Run:
             if record[key] != now:
                 what = key.removesuffix("_hash")
                 raise ConfigError(
-                    f"cannot resume {self.out}: its {what} had hash {record[key][:12]}, now it is {now[:12]}."
+                    f"cannot resume {self.out}: its {what} had hash {record[key][:12]}, now it is {now[:12]}; "
+                    "restore it, or start in another folder with --set out=..."
                 )
         if record.get("micro_batch", self.micro) != self.micro:
             raise ConfigError(

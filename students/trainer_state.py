@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from students.errors import ConfigError, EnvironmentMissingError, TmdError
 from students.parallel import local, put
+from students.run_folder import resume_command
 
 STATES = "state"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,7 +59,7 @@ def told_when_full(out: Path) -> Iterator[None]:
             raise
         raise DiskFullError(
             f"no space left while writing {full.filename or out} ({full.strerror}); earlier states in {out} "
-            f"are intact: free space, then go on with tmd-eval train {out / 'config.yaml'} --resume."
+            f"are intact: free space, then go on with {resume_command(out, int(os.environ.get('WORLD_SIZE', 1)))}."
         ) from error
 
 
@@ -153,8 +154,9 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise ConfigError(
-            f"training state {path} is damaged ({str(error).splitlines()[0]}); delete it to go on from an earlier one."
+            f"training state {path} is damaged ({reason}); delete it to go on from an earlier one."
         ) from None
     if not isinstance(state, dict) or "iteration" not in state:
         raise ConfigError(f"{path} is no training state; delete it to go on from an earlier one.")
@@ -277,13 +279,22 @@ class MetricLog:
             self._wandb.finish()
 
 
-def _open_wandb(project: str, out: Path) -> Any:
+def import_wandb(project: str) -> Any:
+    """The wandb package, which is asked for.
+
+    Raises:
+        EnvironmentMissingError: it is not installed.
+    """
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError:
         raise EnvironmentMissingError(
             f"wandb is {project}, but the package is not installed: pip install wandb, or set wandb to null."
         ) from None
+
+
+def _open_wandb(project: str, out: Path) -> Any:
+    wandb = import_wandb(project)
     identity = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in the same curve
     return wandb.init(project=project, name=out.name, id=identity, resume="allow", dir=str(out))
 

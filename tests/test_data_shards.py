@@ -141,7 +141,7 @@ def test_going_on_makes_only_what_is_missing(
 def test_ranks_share_the_shards(base: Base, encoded: Path, videos: Path, tmp_path: Path) -> None:
     clips, _ = encode.find_clips(videos, None)
     source = json.loads((encoded / "source.json").read_text())
-    source = {key: value for key, value in source.items() if key not in ("shard_size", "base_hash")}
+    source = {key: value for key, value in source.items() if key not in ("shard_size", "base_hash", "latent_shape")}
     made: list[list[str]] = [[], []]
 
     def maker(rank: int) -> shards.Make[encode.Clip]:
@@ -235,6 +235,11 @@ def test_synthesized_latents_are_the_teachers(base: Base, tmp_path: Path) -> Non
         torch.testing.assert_close(data.read(i)[0][None], expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ConfigError, match="was begun with m = 2, now it is 3"):
         call(*words[:7], 3, *words[8:])
+    longer = Path(shutil.copytree(base.folder, tmp_path / "longer"))  # the same weights, videos of another length
+    facts = json.loads((longer / "base.json").read_text())
+    (longer / "base.json").write_text(json.dumps({**facts, "frames": 13}))
+    with pytest.raises(ConfigError, match="was begun with latent_shape = "):
+        call(*(longer if str(word) == str(base.folder) else word for word in words))
     same = encode.wishes(PromptSet(name="x", prompts=("p", "q")), 3, 0)
     assert [w.seed for w in same[:2]] == [w.seed for w in encode.wishes(PromptSet(name="x", prompts=("p",)), 2, 0)]
 

@@ -164,6 +164,23 @@ def test_wandb_gets_the_metrics_when_asked(tmp_path: Path, monkeypatch: pytest.M
         MetricLog(tmp_path, after=0, wandb="students")
 
 
+def test_wandb_that_is_not_installed_stops_a_run_before_it_writes(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(EnvironmentMissingError, match="pip install wandb"):
+        train(make(world, tmp_path / "run", wandb="students"), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(world: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="H is 4"):
+        train(make(world, tmp_path / "run", student__h=4), progress=False)
+    assert not (tmp_path / "run").exists()
+    train(make(world, tmp_path / "run"), progress=False)  # mended: the same folder, no --resume
+    assert len(events(tmp_path / "run")) == 2
+
+
 def test_bf16_runs_keep_what_diffusers_keeps(world: dict[str, Any], tmp_path: Path) -> None:
     """The frozen teacher is stored as from_pretrained stores it in bf16; fake score and student start from float32."""
     config = make(world, tmp_path, STAGE2, precision="bf16")

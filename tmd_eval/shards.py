@@ -116,9 +116,10 @@ def _mine(plan: Plan[Any]) -> range:
 def _claim(plan: Plan[Any], base: Base) -> None:
     """Write what decides the content, or refuse a folder that was begun with something else."""
     path, wanted = plan.folder / SOURCE, {**plan.source, "shard_size": plan.shard_size, "base_hash": base.hash}
+    wanted["latent_shape"] = list(base.latent_shape)  # the hash is of weights only; older folders do not have this
     if path.exists():
         begun = json.loads(path.read_text("utf-8"))
-        for key in sorted({*begun, *wanted}):
+        for key in sorted(begun):
             if begun.get(key) != wanted.get(key):
                 raise ConfigError(
                     f"{plan.folder} was begun with {key} = {begun.get(key)}, now it is {wanted.get(key)}; "
