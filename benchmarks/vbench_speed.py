@@ -120,7 +120,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
         "",
-        "Floor: what the models' passes alone take, in the quicker engine; equal arithmetic cannot be quicker: *at most* "
+        "Floor: what the models' passes alone take, in the quicker engine; with equal arithmetic *at most* "
         "(official over floor) bounds the speed-up. Where the time goes, in seconds a clip:",
         "",
         "| dimension | engine | decode | prepare images | models | rest |",
