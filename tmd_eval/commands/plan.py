@@ -61,10 +61,10 @@ def plan(
     else:
         for name, count in found.parameters.items():
             typer.echo(f"{'parameters, ' + name.replace('_', ' '):36} {count:>16,}")
-        typer.echo(f"{'teacher forward, one sample':36} {found.flops_forward / 1e12:16,.3g} TFLOP")
-        typer.echo(f"{'one iteration, the whole batch':36} {found.flops_iteration / 1e12:16,.4g} TFLOP")
+        typer.echo(f"{'teacher forward, one sample':36} {_tera(found.flops_forward):>16} TFLOP")
+        typer.echo(f"{'one iteration, the whole batch':36} {_tera(found.flops_iteration):>16} TFLOP")
         if found.flops_setup:
-            typer.echo(f"{'teacher trajectories, once':36} {found.flops_setup / 1e12:16,.4g} TFLOP")
+            typer.echo(f"{'teacher trajectories, once':36} {_tera(found.flops_setup):>16} TFLOP")
         if hours is not None:
             typer.echo(f"{f'{run.iterations:,} iterations at {tflops:g} TFLOP/s':36} {hours:16,.0f} GPU-hours")
         for name, size in parts.items():
@@ -79,3 +79,9 @@ def plan(
         raise QualityGateError(
             f"{config} needs {memory.total / gib:.1f} GiB on each of {gpus} GPUs, which have {gpu_memory:g}."
         )
+
+
+def _tera(operations: float) -> str:
+    """Four digits, written out: 116,500 rather than 1.165e+05."""
+    value = float(f"{operations / 1e12:.4g}")
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
