@@ -26,6 +26,8 @@ from students.tmd import unpatchify
 from students.weights import combined_hash, read_json, weight_files
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+TIED = {"shared.weight", "encoder.embed_tokens.weight"}
+"""UMT5's one table of words; files hold it under either name."""
 LARGE_ENCODER = 2**26
 """Bytes of text encoder from which captions' embeddings are kept on disk; below, encoding costs less than a file."""
 
@@ -348,7 +350,12 @@ def _load(kind: Any, folder: Path, device: torch.device, **options: Any) -> Any:
     try:
         # Loading may be triggered within inference_mode; weights made there could never take part in a backward pass.
         with torch.inference_mode(False):
-            model = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+            model, report = kind.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            )
+            lacking = sorted(report["missing_keys"])  # from_pretrained would go on with random values
+            if set(lacking) - TIED or len(lacking) == len(TIED):
+                raise ValueError(f"its weights lack {lacking[0]}")
             return model.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
 
 from students.base import Base, clean, features, guided, load_base
 from students.errors import ConfigError, EnvironmentMissingError
@@ -110,6 +111,18 @@ def test_truncated_weights_are_named(copy: Path, component: str) -> None:
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ConfigError, match=rf"{component}/.*safetensors is truncated"):
         load_base(str(copy))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_component_that_lacks_a_tensor_is_refused(copy: Path, part: str) -> None:
+    """Libraries would fill it with random values and only warn."""
+    (path,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(path)
+    gone = sorted(tensors)[3]
+    save_file({name: value for name, value in tensors.items() if name != gone}, path, metadata={"format": "pt"})
+    base = load_base(str(copy))
+    with pytest.raises(ConfigError, match=f"/{part} cannot be loaded as .*"):
+        _ = base.encode_prompts(PROMPTS) if part == "text_encoder" else getattr(base, part)
 
 
 def test_pickled_weights_are_refused(copy: Path) -> None:
