@@ -138,7 +138,7 @@ def show(db_url: str | None, *, where: Iterable[str] = (), sort: str | None = No
     Args:
         db_url: database URL or path; None for ``TMD_EVAL_DB`` or ./tmd-eval.db.
         where: conditions "FIELD=VALUE", or with !=, <, <=, >, >= in place of =; a field or a metric. "flags" takes one
-            flag.
+            flag. Text is compared without regard to case.
         sort: a field or a metric, ascending, with a leading "-" descending; rows without it come last. Else by id.
 
     Raises:
@@ -184,7 +184,7 @@ def _condition(text: str, options: list[str]) -> tuple[str, Callable[[Any], bool
                 return sign == "!="
         if value is None:
             return (sign == "=") == (wanted in ("", "None")) if sign in ("=", "!=") else False
-        return _COMPARE[sign](str(value), wanted)
+        return _COMPARE[sign](str(value).casefold(), wanted.casefold())
 
     return field, test
 

@@ -600,7 +600,9 @@ def test_show_filters_and_sorts(board: tuple[str, dict[str, Path]]) -> None:
     assert names("--sort", "frechet") == [TEACHER, STUDENT, UNDISTILLED]
     assert names("--sort", "n") == [STUDENT, TEACHER, UNDISTILLED]  # rows without N last
     assert names("--where", "role=student", "--where", "m=2") == [STUDENT]
+    assert names("--where", "role=STUDENT", "--where", "m=2") == [STUDENT]  # whatever the case
     assert names("--where", "flags=incomplete") == []
+    assert call("show", "--db", db, "--where", "m=77").startswith("no row meets every --where")
     table = call("show", "--db", db).splitlines()
     assert len(table) == 4 and "0.840 [0.810, 0.870]" in table[3]
     for bad in (["--where", "rule=student"], ["--sort", "joint"], ["--where", "role"]):

@@ -140,7 +140,7 @@ def show(
     from leaderboard.query import show as query
 
     rows = query(db, where=where or [], sort=sort)
-    typer.echo(json.dumps(rows, indent=2, ensure_ascii=False) if as_json else _table(rows))
+    typer.echo(json.dumps(rows, indent=2, ensure_ascii=False) if as_json else _table(rows, filtered=bool(where)))
 
 
 @app.command()
@@ -180,7 +180,7 @@ def build(
     typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[dict[str, Any]], *, filtered: bool) -> str:
     """The rows as aligned text: settings, then metrics with their intervals, then source and flags.
 
     Totals come first; without --json the sixteen dimensions are left out where there are totals.
@@ -188,6 +188,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     from leaderboard.checks import DIMENSIONS, TOTALS
     from leaderboard.display import NONE, count
 
+    if not rows and filtered:
+        return "no row meets every --where; see all values with: tmd-eval leaderboard show --json"
     if not rows:
         return "no rows; record a run with: tmd-eval leaderboard add RUN"
     found = {name for row in rows for name in row["metrics"]}
