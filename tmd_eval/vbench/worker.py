@@ -303,7 +303,6 @@ def split(request: dict[str, Any]) -> dict[str, Any]:
 def first_frames(request: dict[str, Any]) -> dict[str, Any]:
     """Mean cosine of each frame with the one before and the first one, in DINOv2's features."""
     import torch
-    from torch.nn.functional import cosine_similarity, normalize
     from torchvision import transforms  # type: ignore[import-untyped]
     from vbench.utils import load_video
 
@@ -323,14 +322,13 @@ def first_frames(request: dict[str, Any]) -> dict[str, Any]:
             transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
         ]
     )
+    consistency = load_beside("fast").consistency
     results = Results(request["results"], request["videos"])
     for video in request["videos"]:
         results.start()
         images = transform(load_video(video["path"])).to(request["device"])
-        features = normalize(torch.cat([model(image[None]) for image in images]), dim=-1)
-        before = cosine_similarity(features[:-1], features[1:]).clamp(min=0)
-        first = cosine_similarity(features[:1], features[1:]).clamp(min=0)
-        results.add(video["path"], {"video_results": float(((before + first) / 2).mean())})
+        total, pairs = consistency(torch.cat([model(image[None]) for image in images]))
+        results.add(video["path"], {"video_results": total / pairs})
     return {}
 
 
