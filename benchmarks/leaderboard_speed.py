@@ -160,7 +160,9 @@ def main() -> None:
     from tmd_eval.files import write_json
     from tmd_eval.provenance import provenance
 
-    command = shlex.join(["python", "-m", "benchmarks.leaderboard_speed", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.leaderboard_speed", *sys.argv[1:]]).replace(
+        f"{REPORT.parents[2]}/", ""
+    )
     write_json(choice.out, {**provenance(command=command), "threads": len(os.sched_getaffinity(0)), **found})
     print(json.dumps(found))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         engine: {part: sum(row["parts"][engine][part] for row in rows) for part in TIMED}
         for engine in ("official", "fast")
     }
+    command = shlex.join(["python", "-m", "benchmarks.vbench_speed", *sys.argv[1:]])
     return {
-        **provenance(command="python " + " ".join(sys.argv), device=options.device),
+        **provenance(command=command.replace(str(Path.home()), "~"), device=options.device),
         "seconds": "processor" if options.device == "cpu" else "wall",
         "clips": count, "frames": options.frames, "height": height, "width": width, "fps": options.fps,
         "dimensions": rows, "together": together,
