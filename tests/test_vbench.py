@@ -133,7 +133,9 @@ def test_doctor_tells_each_dimension_s_state(vbench_environment: Path) -> None:
     assert set(report) == {"version", "dimensions", "long"} and report["version"] == "0.1.5"
     assert set(report["long"]) == {"official_code", "problems"}
     assert "ImportError" in report["long"]["official_code"] or "No module" in report["long"]["official_code"]
-    assert "DreamSim" in report["long"]["problems"]["background_consistency"]["dreamsim"]
+    assert {"dreamsim_ensemble_checkpoint.zip", "background_mapping_table.yaml"} <= {
+        Path(path).name for path in report["long"]["problems"]["background_consistency"]
+    }
     rows = {row["dimension"]: row for row in report["dimensions"]}
     assert list(rows) == list(DIMENSIONS) and len(rows) == 16
     assert rows[FLICKER] | {"device": "x"} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from students.errors import ConfigError, EnvironmentMissingError
 from tests.test_vbench import FLICKER, clip, invoke, small_info, vbench_environment  # noqa: F401 - fixtures
+from tests.test_vbench_fast import random_weights  # noqa: F401 - fixture
 from tmd_eval.vbench import environment, long, plan, runner, weights
 from tmd_eval.vbench import score as scoring
 from tmd_eval.vbench.plan import Selection, Video
@@ -36,7 +38,7 @@ class Stub(types.ModuleType):
         return object
 
 
-missing = "scenedetect scenedetect.detectors scenedetect.video_splitter moviepy moviepy.editor dreamsim"
+missing = "scenedetect scenedetect.detectors scenedetect.video_splitter moviepy moviepy.editor"
 for name in missing.split():
     sys.modules[name] = Stub(name)
 written = {}
@@ -69,8 +71,23 @@ path = os.path.join(first["folder"], first["first_frames"])
 _, rows = subject_consistency.subject_consistency_dinov2(model, [path], torch.device("cpu"), False)
 result = str(work / "first.jsonl")
 ours.first_frames({
-    "weights": [os.path.join(dinov2, "dinov2_vitb14_pretrain.pth")], "device": "cpu", "results": result,
+    "dimension": "first_frames_dinov2", "weights": [os.path.join(dinov2, "dinov2_vitb14_pretrain.pth")],
+    "device": "cpu", "results": result,
     "videos": [{"key": "k", "path": path}],
+})
+from vbench2_beta_long import background_consistency
+
+class Tiny:
+    def embed(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1) - 0.4
+
+import dreamsim
+
+dreamsim.dreamsim = lambda **options: (Tiny(), None)
+_, background = background_consistency.background_consistency_dreamsim(Tiny(), None, [path], torch.device("cpu"), False)
+ours.first_frames({
+    "dimension": "first_frames_dreamsim", "weights": ["archive.zip"], "device": "cpu",
+    "results": str(work / "background.jsonl"), "videos": [{"key": "k", "path": path}],
 })
 details = [{"video_path": p, "video_results": v} for p, v in zip(names, (0.9, 0.8, 0.4))]
 _, _, averages = utils.reorganize_clips_results(details)
@@ -88,6 +105,7 @@ print(json.dumps({
     "cuts": cuts, "gaps": gaps, "firsts": len(firsts), "mean": mean,
     "fused": list(fused.items()),
     "official": rows[0]["video_results"], "ours": json.loads(Path(result).read_text())["value"],
+    "background": [background[0]["video_results"], json.loads((work / "background.jsonl").read_text())["value"]],
 }))
 """
 TINY_DINO = """
@@ -169,6 +187,8 @@ def test_same_cuts_fusion_and_first_frames_as_the_wheel_s_code(
     assert max(found["gaps"]) < 6  # of 255: what x264 loses by default; one frame off gives 20 and more
     assert found["firsts"] == 3
     assert found["ours"] == pytest.approx(found["official"], abs=1e-6) and found["ours"] < 0.99999
+    official, ours = found["background"]
+    assert ours == pytest.approx(official, abs=1e-6) and ours < 0.99
     rows = long.by_video(*two_videos()).rows
     assert found["mean"] == pytest.approx(sums_of("aesthetic_quality", rows).aggregate) == 0.575
     monkeypatch.setattr(weights, "folder", lambda: tmp_path)
@@ -205,6 +225,37 @@ def test_long_clips_end_to_end(vbench_environment: Path, tmp_path: Path) -> None
     assert invoke(*arguments, "--out", str(run)).exit_code == 0
     assert before == (run / "scores" / "summary.json").read_bytes()
     assert stamps == {path: path.stat().st_mtime_ns for path in (run / "scores" / "clips").rglob("*.mp4")}
+
+
+@pytest.mark.slow
+def test_both_consistencies_at_full_size(
+    random_weights: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DINOv2 and DreamSim as the protocol "long" has them: half of a value lies between the pieces' first frames."""
+    monkeypatch.setattr(weights, "folder", lambda: random_weights)
+    weights.prepare()
+    moving(tmp_path / "videos" / "one.mp4", 48)
+    moving(tmp_path / "videos" / "short.mp4", 12)
+    names = ["subject_consistency", "background_consistency"]
+    options = Options(protocol="long", unverified=True)
+    record = scoring.score(tmp_path / "videos", tmp_path / "run", names, options=options)
+    within = replace(options, protocol="long-in-clip")
+    scoring.score(tmp_path / "videos", tmp_path / "within", names, options=within)
+    for name in names:
+        rows, other = (
+            [json.loads(line) for line in (tmp_path / run / "scores" / f"{name}.jsonl").read_text().splitlines()]
+            for run in ("run", "within")
+        )
+        assert [row["video"] for row in rows] == ["one.mp4", "short.mp4"]
+        between = rows[0]["extra"]["first_frames"]
+        assert 0 < between < 1 and rows[1]["extra"]["first_frames"] == 0
+        of_pieces = [rows[0]["extra"]["in_clip"], rows[1]["value"]]
+        assert of_pieces == pytest.approx([row["value"] for row in other], abs=1e-6)
+        table = long.mapping_table(long.BETWEEN[name])
+        assert rows[0]["value"] == pytest.approx(long.fuse(of_pieces[0], between, table), abs=1e-12)
+        assert any("dreamsim" in path or "dinov2" in path for path in record["dimensions"][name]["weights"])
 
 
 def two_videos() -> tuple[Scored, Selection, long.Pieces, None]:
@@ -253,7 +304,10 @@ def test_what_long_lacks_is_said_with_the_way_out(
     monkeypatch.setattr(runner, "check_ready", lambda dimension, unverified=False: None)
     moving(tmp_path / "videos" / "one.mp4", 4)
     call = ["--videos", str(tmp_path / "videos"), "--out", str(tmp_path / "run"), "--dimensions"]
-    for name, sentence in (("subject_consistency", "dinov2_vitb14"), ("background_consistency", "DreamSim")):
+    for name, sentence in (
+        ("subject_consistency", "dinov2_vitb14"),
+        ("background_consistency", "dreamsim_ensemble_checkpoint.zip"),
+    ):
         result = invoke(*call, name, "--protocol", "long")
         assert isinstance(result.exception, EnvironmentMissingError), result.output
         assert sentence in str(result.exception) and "long-in-clip" in str(result.exception)

@@ -127,6 +127,42 @@ def test_dino_s_two_places(own_home: Path) -> None:
     assert second.is_symlink()
 
 
+def dreamsim_archive(size: int) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as opened:
+        opened.writestr("clip_vitb16_pretrain.pth.tar", bytes(size))
+        opened.writestr("ensemble_lora/adapter_config.json", "{}")
+    return data.getvalue()
+
+
+def test_dreamsim_s_archive_is_unpacked_whole_and_once(own_home: Path) -> None:
+    archive = weights.folder() / "dreamsim_model" / "dreamsim_ensemble_checkpoint.zip"
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(dreamsim_archive(5000)[:4000])
+    assert "truncated" in weights.problems("first_frames_dreamsim")[weights.DREAMSIM]
+    weights.prepare()
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]
+    archive.write_bytes(dreamsim_archive(5000).replace(bytes(100), b"x" * 100, 1))
+    with pytest.raises(EnvironmentMissingError, match=r"is damaged \(Bad CRC-32.*setup --long --fetch"):
+        weights.prepare()
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]
+    for size in (5000, 6000):  # the second time another archive
+        archive.write_bytes(dreamsim_archive(size))
+        weights.prepare()
+        clip = archive.with_suffix("") / "clip_vitb16_pretrain.pth.tar"
+        before = clip.stat()
+        assert before.st_size == size and (archive.with_suffix("") / "ensemble_lora" / "adapter_config.json").is_file()
+        weights.prepare()
+        assert clip.stat().st_ino == before.st_ino
+    dino = weights.folder() / "dino_model"
+    (dino / "facebookresearch_dino_main").mkdir(parents=True)
+    (dino / "facebookresearch_dino_main" / "hubconf.py").write_text("code")
+    (dino / "dino_vitbase16_pretrain.pth").write_text("weights")
+    assert (archive.with_suffix("") / "facebookresearch_dino_main" / "hubconf.py").read_text() == "code"
+    assert (archive.with_suffix("") / "checkpoints" / "dino_vitbase16_pretrain.pth").read_text() == "weights"
+    assert {path.name for path in archive.parent.iterdir()} == {archive.name, archive.stem}
+
+
 class Server(SimpleHTTPRequestHandler):
     """Serves a folder with ranges, as the sources of the weights do; cuts the first reply short."""
 

@@ -1,4 +1,4 @@
-"""Full-size random weights for VBench's sixteen dimensions, in the formats of the published files.
+"""Full-size random weights for VBench's sixteen dimensions and VBench-Long, in the formats of the published files.
 
 Runs inside VBench's environment, never inside the project's:
 
@@ -15,7 +15,9 @@ import argparse
 import gc
 import gzip
 import os
+import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,14 @@ def dino_vitb16(pretrained=True, **kwargs):
         path = "https://example.invalid/dino_vitbase16_pretrain.pth"
         model.load_state_dict(torch.hub.load_state_dict_from_url(url=path, map_location="cpu"))
     return model
+'''
+DINO_V2_STUB = '''"""Stands in for DINOv2's code: the same architecture from timm."""
+
+
+def vit_base(patch_size=14, img_size=518, **kwargs):
+    import timm
+
+    return timm.create_model("vit_base_patch14_dinov2", num_classes=0, img_size=img_size, dynamic_img_size=True)
 '''
 WORDS = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 2000: "bicycle", 2001: "red"}
 
@@ -55,6 +65,70 @@ def dino(folder: Path) -> Any:
 
     code = folder / "dino_model" / "facebookresearch_dino_main"
     return torch.hub.load(str(code), "dino_vitb16", source="local", pretrained=False).state_dict()
+
+
+def dinov2_code(folder: Path) -> None:
+    """Stand-ins for DINOv2's code, and tables of the form of VBench-Long's."""
+    code = folder / "dinov2_model" / "dinov2"
+    layers = ("__init__", "attention", "block", "dino_head", "drop_path", "layer_scale", "mlp", "patch_embed")
+    names = ["__init__", "models/__init__", "models/vision_transformer", "layers/swiglu_ffn"]
+    for name in (*names, *(f"layers/{one}" for one in layers)):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (code / f"{name}.py").exists():
+            stub = DINO_V2_STUB if name.endswith("vision_transformer") else "# nothing\n"
+            (code / f"{name}.py").write_text(stub)
+    (folder / "long_config").mkdir(exist_ok=True)
+    table = "".join(f"{n / 100}: {(n / 100) ** 0.25}\n" for n in range(101))
+    for stem in ("subject", "background"):
+        (folder / "long_config" / f"{stem}_mapping_table.yaml").write_text(table)
+
+
+def dinov2(folder: Path) -> Any:
+    sys.path.insert(0, str(folder / "dinov2_model"))
+    from dinov2.models.vision_transformer import vit_base
+
+    return vit_base(patch_size=14, img_size=518, init_values=1.0, ffn_layer="mlp", block_chunks=0).state_dict()
+
+
+def dreamsim(folder: Path, archive: Path) -> None:
+    """DreamSim's archive: three ViT-B/16 as its loaders want them, and an adapter as its training makes it."""
+    import torch
+    from dreamsim.config import dreamsim_args
+    from dreamsim.feature_extraction.vision_transformer import DINOHead, vit_base
+    from dreamsim.model import PerceptualModel
+    from peft import LoraConfig, get_peft_model
+
+    work = archive.with_suffix(".making")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "checkpoints").mkdir(parents=True)
+    (work / "facebookresearch_dino_main").symlink_to(folder / "dino_model" / "facebookresearch_dino_main")
+    (work / "checkpoints" / "dino_vitbase16_pretrain.pth").symlink_to(
+        folder / "dino_model" / "dino_vitbase16_pretrain.pth"
+    )
+    torch.manual_seed(0)
+    head = {f"module.head.{key}": value for key, value in DINOHead(768, 2048).state_dict().items()}
+    head["module.head.last_layer.weight"] = torch.randn(2048, 256)
+    torch.save({"student": head}, work / "dino_vitb16_pretrain.pth")
+    for name in ("clip", "open_clip"):
+        model = vit_base(patch_size=16)
+        model.pos_drop = torch.nn.LayerNorm(model.embed_dim)
+        state = {**model.state_dict(), "proj": 0.03 * torch.randn(768, 512)}
+        torch.save({"state_dict": state}, work / f"{name}_vitb16_pretrain.pth.tar")
+    model = PerceptualModel(**dreamsim_args["model_config"]["ensemble"], device="cpu", load_dir=str(work))
+    adapter = LoraConfig(r=16, lora_alpha=8, lora_dropout=0.3, bias="none", target_modules=["qkv"])
+    model = get_peft_model(model, adapter)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:  # zero at first, as if there were no adapter
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(str(work / "ensemble_lora"))
+    part = archive.with_name(f".tmp-{archive.name}")
+    with zipfile.ZipFile(part, "w") as opened:
+        for path in sorted(work.iterdir()):
+            for file in [path] if path.suffix in (".pth", ".tar") else sorted(work.glob("ensemble_lora/adapter*")):
+                if str(file.relative_to(work)) not in opened.namelist():
+                    opened.write(file, file.relative_to(work))
+    part.replace(archive)
+    shutil.rmtree(work)
 
 
 def clip(width: int) -> Any:
@@ -212,6 +286,7 @@ def main() -> None:
     gzip.decompress(data)
     vocabulary.write_bytes(data)
     dino_code(folder, options.dino_code)
+    dinov2_code(folder)
     bert(folder)
     files: dict[str, Callable[[], Any]] = {
         "dino_model/dino_vitbase16_pretrain.pth": lambda: dino(folder),
@@ -225,6 +300,7 @@ def main() -> None:
         "ViCLIP/ViClip-InternVid-10M-FLT.pth": lambda: viclip(folder),
         "grit_model/grit_b_densecap_objectdet.pth": grit,
         "caption_model/tag2text_swin_14m.pth": tag2text,
+        "dinov2_model/dinov2_vitb14_pretrain.pth": lambda: dinov2(folder),
     }
     failed = []
     for name, make in files.items():
@@ -232,6 +308,9 @@ def main() -> None:
             save(folder / name, make)
         except Exception as error:
             failed.append(f"{name}: {type(error).__name__}: {error}")
+    archive = folder / "dreamsim_model" / "dreamsim_ensemble_checkpoint.zip"
+    if not archive.exists():
+        dreamsim(folder, archive)
     sys.exit("\n".join(failed) or 0)
 
 

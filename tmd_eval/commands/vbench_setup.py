@@ -21,7 +21,7 @@ def setup(
     unverified_weights: Annotated[
         bool, typer.Option("--unverified-weights", help="Take weights whose hash is not the published one.")
     ] = False,
-    long: Annotated[bool, typer.Option("--long", help="VBench-Long's own weights as well (DINOv2).")] = False,
+    long: Annotated[bool, typer.Option("--long", help="VBench-Long's own weights as well (DINOv2, DreamSim).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build the environment anew.")] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Delete the environment; weights stay.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing and where from.")] = False,
@@ -44,7 +44,7 @@ def setup(
         typer.echo(json.dumps({"path": path, "removed": found}) if json_ else text)
         return
     names = [check_dimension(d) for text in dimensions or [] for d in text.split(",") if d] or list(DIMENSIONS)
-    names += [FIRST_FRAMES] if long else []
+    names += FIRST_FRAMES.values() if long else []
     if dry_run:
         _show_plan(names, unverified_weights, force, json_)
         return
@@ -135,12 +135,12 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the table a
     typer.echo(f"{sum(row['ready'] for row in rows)} of {len(rows)} dimensions are ready")
     lacking = []
     for name, found in extra["problems"].items():
-        words = [text if path == "dreamsim" else f"{Path(path).name} {text}" for path, text in found.items()]
+        words = [f"{Path(path).name} {text}" for path, text in found.items()]
         lacking.append(f"{name}: {runner.list_names(words, 3)}")
     typer.echo("VBench-Long lacks nothing more" if not lacking else "VBench-Long (--protocol long) lacks besides:")
     for line in lacking:
         typer.echo(f"  {line}")
-    if "subject_consistency" in extra["problems"]:
+    if lacking:
         typer.echo("  tmd-eval vbench setup --long --fetch, or --weights DIR")
     if extra["official_code"]:
         typer.echo(f"the wheel's own VBench-Long does not import ({extra['official_code']}); its steps are done here")

@@ -71,8 +71,8 @@ DIMENSIONS: dict[str, Dimension] = {
 
 FILTER_WEIGHTS = (_RAFT,)
 """What temporal_flickering's static filter reads."""
-FIRST_FRAMES = "first_frames"
-"""VBench-Long's consistency of the first frames of a video's pieces, by DINOv2."""
+FIRST_FRAMES = {"subject_consistency": "first_frames_dinov2", "background_consistency": "first_frames_dreamsim"}
+"""VBench-Long's consistency of the first frames of a video's pieces: the task of each dimension that it belongs to."""
 LONG_CONFIG = "long_config"
 """Folder of VBench-Long's tables among the weights."""
 _LAYERS = (
@@ -92,9 +92,15 @@ _DINO_V2 = (
     *(f"dinov2_model/dinov2/layers/{name}.py" for name in _LAYERS),
     f"{LONG_CONFIG}/subject_mapping_table.yaml",
 )
+DREAMSIM = "dreamsim_model/dreamsim_ensemble_checkpoint.zip"
+"""DreamSim's three networks and their adapter; ``weights.prepare`` unpacks it."""
 OTHER_WEIGHTS = {
-    "static_filter": FILTER_WEIGHTS, "diversity_dino": _DINO, "diversity_clip": (_CLIP_B,), FIRST_FRAMES: _DINO_V2,
-}  # fmt: skip
+    "static_filter": FILTER_WEIGHTS,
+    "diversity_dino": _DINO,
+    "diversity_clip": (_CLIP_B,),
+    FIRST_FRAMES["subject_consistency"]: _DINO_V2,
+    FIRST_FRAMES["background_consistency"]: (DREAMSIM, *_DINO, f"{LONG_CONFIG}/background_mapping_table.yaml"),
+}
 """What the workers' other tasks read."""
 
 

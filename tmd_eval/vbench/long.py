@@ -30,15 +30,12 @@ PIECE_SECONDS = 2
 LONG_PIECES = {"human_action": 10, "temporal_style": 10, "overall_consistency": 10}
 """Length where one of the prompt's dimensions reads more at once; VBench-Long cuts a video once, for all of them."""
 BETWEEN = {"subject_consistency": "subject", "background_consistency": "background"}
-"""Dimensions that the rule "long" also scores between the pieces, and the stem of their mapping table."""
+"""Dimensions that the rule "long" also scores between the pieces (by the tasks of ``FIRST_FRAMES``), and the stem of
+their mapping table."""
 LONGEST_STEM = 230
 """Bytes of a video's name that still leave room for a piece's number; a longer name is replaced by its hash."""
 SHARE = 0.5
 """Share of the value between the pieces, in VBench-Long's ``slow_fast_params.yaml``."""
-NO_DREAMSIM = (
-    "needs DreamSim, which VBench's managed environment does not hold; choose --protocol long-in-clip, which scores "
-    "this dimension within the pieces alone and records that, or leave it out"
-)
 
 
 @dataclass(kw_only=True)
@@ -70,9 +67,7 @@ def problems(dimension: str, rule: str, *, unverified: bool = False) -> dict[str
     """What a dimension lacks for a protocol beyond VBench's own weights: file to what is wrong."""
     if rule != "long" or dimension not in BETWEEN:
         return {}
-    if dimension == "background_consistency":
-        return {"dreamsim": NO_DREAMSIM}
-    return weights.problems(FIRST_FRAMES, unverified=unverified)
+    return weights.problems(FIRST_FRAMES[dimension], unverified=unverified)
 
 
 def check(dimension: str, rule: str, *, unverified: bool = False) -> None:
@@ -82,10 +77,7 @@ def check(dimension: str, rule: str, *, unverified: bool = False) -> None:
         ConfigError: there is no such protocol.
         EnvironmentMissingError: files are missing; names each and what to do.
     """
-    found = problems(dimension, check_rule(rule), unverified=unverified)
-    if "dreamsim" in found:
-        raise EnvironmentMissingError(f"{dimension} by VBench-Long {NO_DREAMSIM}.")
-    if found:
+    if found := problems(dimension, check_rule(rule), unverified=unverified):
         listed = ", ".join(f"{weights.folder() / path} {reason}" for path, reason in found.items())
         raise EnvironmentMissingError(
             f"{dimension} by VBench-Long lacks: {listed}; tmd-eval vbench setup --long --fetch downloads them, "

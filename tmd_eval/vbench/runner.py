@@ -31,7 +31,8 @@ WORKER = Path(__file__).with_name("worker.py")
 STATIC = "static_filter"
 """Name of the static filter among the jobs."""
 ACTIONS = {
-    STATIC: "static", "diversity_dino": "features", "diversity_clip": "features", FIRST_FRAMES: "first_frames",
+    STATIC: "static", "diversity_dino": "features", "diversity_clip": "features",
+    **dict.fromkeys(FIRST_FRAMES.values(), "first_frames"),
 }  # fmt: skip
 """What a worker is asked for where it is not a dimension's score."""
 

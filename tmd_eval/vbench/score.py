@@ -126,15 +126,16 @@ def score(
                 pieces["temporal_flickering"].selection = selections["temporal_flickering"]
                 pieces["temporal_flickering"].filtered = True
         items = {name: items_of(name, selection, found, workers.engine) for name, selection in selections.items()}
-        first: list[Item] = []
-        if options.protocol == "long" and (subject := pieces.get("subject_consistency")):
-            first = items_of(FIRST_FRAMES, subject.first_frames, found, workers.engine)
-        failed |= run_jobs({**items, **({FIRST_FRAMES: first} if first else {})}, out, workers, ranks)
+        first: dict[str, list[Item]] = {}
+        if options.protocol == "long":
+            between = {task: pieces[name] for name, task in FIRST_FRAMES.items() if name in pieces}
+            first = {t: items_of(t, cut.first_frames, found, workers.engine) for t, cut in between.items()}
+        failed |= run_jobs({**items, **first}, out, workers, ranks)
         if ranks.rank:
             return {}
         scored = {name: _collect(name, selections[name], items[name], out, failed) for name in dimensions}
         for name, cut in pieces.items():
-            scored[name] = _by_video(scored[name], videos[name], cut, first, out, options.protocol, failed)
+            scored[name] = _by_video(scored[name], videos[name], cut, first, out, failed)
         for name, one in scored.items():
             if one.rows:
                 write_rows(out, name, one.rows)
@@ -351,16 +352,16 @@ def run_jobs(items: Mapping[str, list[Item]], out: Path, workers: Workers, ranks
 
 
 def _by_video(
-    one: Scored, whole: Selection, pieces: long.Pieces, first: Sequence[Item], out: Path, protocol: str,
+    one: Scored, whole: Selection, pieces: long.Pieces, first: Mapping[str, Sequence[Item]], out: Path,
     failed: Mapping[str, str],
 ) -> Scored:  # fmt: skip
     """A dimension of VBench-Long: the rows of pieces become rows of videos."""
     between: dict[str, float] | None = None
-    if one.dimension in long.BETWEEN and protocol == "long":
-        results = runner.read_parts(out / PARTS / FIRST_FRAMES)
-        between = long.first_frames_of(pieces, results, first)
+    if (task := FIRST_FRAMES.get(one.dimension)) in first:
+        results = runner.read_parts(out / PARTS / task)
+        between = long.first_frames_of(pieces, results, first[task])
         if between is None:
-            reason = failed.get(FIRST_FRAMES, "DINOv2 gave no number for the first frames")
+            reason = failed.get(task, f"{task} gave no number")
             return replace(one, rows=[], reason=reason)
     return long.by_video(one, whole, pieces, between)
 

@@ -153,8 +153,8 @@ def write_summary(
         value, low, high = statistics.interval(sums_of(name, one.rows))
         unfiltered = name == "temporal_flickering" and one.protocol == "standard" and not static_filter
         files = weights.hashes(name)
-        if rule == "long" and name == "subject_consistency":
-            files |= weights.hashes(FIRST_FRAMES)
+        if rule == "long" and name in FIRST_FRAMES:
+            files |= weights.hashes(FIRST_FRAMES[name])
         entries[name] = {
             "n": one.n, "value": value, "low": low, "high": high,
             "completeness": (one.n + one.undetected) / one.expected,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable
@@ -20,12 +21,14 @@ from students.errors import ConfigError, EnvironmentMissingError, TmdError
 from students.machine import home
 from tmd_eval.files import TEMPORARY, disk_full, is_disk_full, write_json
 from tmd_eval.vbench import torch_file
-from tmd_eval.vbench.dimensions import weights_of
+from tmd_eval.vbench.dimensions import DREAMSIM, weights_of
 from tmd_eval.vbench.weights_manifest import BY_PATH, FILES, WeightFile
 
 PART = ".part"
 _CHUNK = 1 << 20
 _HASHES = ".hashes.json"
+_STAMP = ".unpacked.json"
+_DINO_FILE = "dino_vitbase16_pretrain.pth"
 
 
 def folder() -> Path:
@@ -175,12 +178,12 @@ def prepare() -> None:
     """Put in place what VBench needs and can be had without a network.
 
     Raises:
-        EnvironmentMissingError: the folder cannot be written to.
+        EnvironmentMissingError: the folder cannot be written to, or an archive in it is damaged.
     """
     root = folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        dino = root / "dino_model" / "dino_vitbase16_pretrain.pth"
+        dino = root / "dino_model" / _DINO_FILE
         hub = root / "torch" / "hub" / "checkpoints" / dino.name  # where DINO's own code reads them, second place
         if dino.is_file() and not (hub.is_symlink() and hub.exists()):
             hub.parent.mkdir(parents=True, exist_ok=True)
@@ -193,10 +196,36 @@ def prepare() -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(copy, part := target.with_name(TEMPORARY + target.name))
                 part.replace(target)
+        if problem(BY_PATH[DREAMSIM], root / DREAMSIM, unverified=True) is None:
+            _unpack_dreamsim(root / DREAMSIM)
+    except zipfile.BadZipFile as error:
+        raise EnvironmentMissingError(
+            f"{root / DREAMSIM} is damaged ({error}); delete it and run tmd-eval vbench setup --long --fetch."
+        ) from error
     except OSError as error:
         if is_disk_full(error):
             raise disk_full(root) from error
         raise EnvironmentMissingError(f"VBench's weights folder {root} cannot be used ({error.strerror}).") from error
+
+
+def _unpack_dreamsim(archive: Path) -> None:
+    """Unpack DreamSim's archive beside it, with DINO's code and weights where its code asks torch.hub for them."""
+    target, stat = archive.with_suffix(""), archive.stat()
+    stamp = json.dumps([stat.st_size, stat.st_mtime_ns])
+    if (target / _STAMP).is_file() and (target / _STAMP).read_text() == stamp:
+        return
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=archive.parent) as work:
+        made = Path(work, "new")
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(made)
+        dino = Path("..", "..", "dino_model")
+        (made / "checkpoints").mkdir()
+        (made / "checkpoints" / _DINO_FILE).symlink_to(Path("..") / dino / _DINO_FILE)
+        (made / "facebookresearch_dino_main").symlink_to(dino / "facebookresearch_dino_main")
+        (made / _STAMP).write_text(stamp)
+        if target.exists():
+            target.rename(Path(work, "old"))
+        made.replace(target)
 
 
 def check(dimension: str, *, unverified: bool = False) -> None:
@@ -259,6 +288,9 @@ def _format_problem(file: WeightFile, path: Path) -> str | None:
                     pass
         except (OSError, EOFError):
             return "is truncated or not gzip"
+    elif file.kind == "zip":
+        if not zipfile.is_zipfile(path):  # looks for the directory, at the end
+            return "is truncated or not a zip archive"
     elif file.kind == "safetensors":
         length = int.from_bytes(head[:8], "little")
         try:

@@ -12,9 +12,10 @@ _DINO = "https://raw.githubusercontent.com/facebookresearch/dino/7c446df5b9f4574
 _BERT = f"{_HF}/google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f723594"
 
 _DINO_V2 = "https://raw.githubusercontent.com/facebookresearch/dinov2/b8931f7bf91576930313be2c6d6af376033b35f0"
+_DREAMSIM = "https://github.com/ssundaram21/dreamsim/releases/download/v0.2.0-checkpoints"
 _LONG = "https://raw.githubusercontent.com/Vchitect/VBench/45e79ec14e69a2187202c675d2dbce1a71843d53/vbench2_beta_long"
 
-Kind = Literal["torch", "torchscript", "safetensors", "gzip", "text"]
+Kind = Literal["torch", "torchscript", "safetensors", "gzip", "zip", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,17 @@ FILES: tuple[WeightFile, ...] = (
         kind="text",
         urls=(f"{_LONG}/configs/subject_mapping_table.yaml",),
         sha256="ad6c730b772577d573594ce1ace40e7a70c29ed6b026325589697061cdb86269",
+    ),
+    WeightFile(
+        path="dreamsim_model/dreamsim_ensemble_checkpoint.zip",
+        kind="zip",
+        urls=(f"{_DREAMSIM}/dreamsim_ensemble_checkpoint.zip",),
+    ),
+    WeightFile(
+        path="long_config/background_mapping_table.yaml",
+        kind="text",
+        urls=(f"{_LONG}/configs/background_mapping_table.yaml",),
+        sha256="47cc19bd7f22907e7c6515f0181d2c032187842d5d1686a238d0341ac2e5a440",
     ),
 )
 """All of them. VBench's own local-file flag misses DINO's second place (the hub's checkpoint folder) and

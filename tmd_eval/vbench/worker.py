@@ -262,72 +262,22 @@ def features(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def write_clip(path: Path, frames: Any, fps: int) -> None:
-    """Write (T, H, W, 3) of uint8 as VBench-Long does, with x264's defaults; one thread, for the same bytes always."""
-    import av
-
-    part = path.with_name(f".tmp-{os.getpid()}.mp4")
-    with av.open(str(part), "w", options={"fflags": "+bitexact"}) as container:
-        stream: Any = container.add_stream("libx264", rate=fps)
-        stream.pix_fmt = "yuv420p"
-        stream.height, stream.width = frames.shape[1:3]
-        stream.options = {"threads": "1"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    part.replace(path)
-
-
 def split(request: dict[str, Any]) -> dict[str, Any]:
-    """Cut videos into VBench-Long's pieces, and put the first frames of the pieces, as coded, into a video."""
-    import numpy as np
-    from vbench.utils import load_video
-
-    failed = {}
-    for video in request["videos"]:
-        folder, firsts = Path(video["folder"]), []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            frames = load_video(video["path"], return_tensor=False)
-            for (start, stop), name in zip(video["cuts"], video["names"], strict=True):
-                write_clip(folder / name, frames[start:stop], video["fps"])
-                firsts.append(load_video(str(folder / name), return_tensor=False)[0])
-            if len(firsts) > 1:
-                write_clip(folder / video["first_frames"], np.stack(firsts), video["fps"])
-        except Exception as error:
-            traceback.print_exc()
-            failed[video["path"]] = f"{type(error).__name__}: {error}"
-    return {"failed": failed}
+    """Cut videos into VBench-Long's pieces; in the file beside this one."""
+    return {"failed": load_beside("long_worker").split(request["videos"])}
 
 
 def first_frames(request: dict[str, Any]) -> dict[str, Any]:
-    """Mean cosine of each frame with the one before and the first one, in DINOv2's features."""
+    """VBench-Long's consistency of first frames; in the file beside this one."""
     import torch
-    from torchvision import transforms  # type: ignore[import-untyped]
-    from vbench.utils import load_video
 
     torch.set_grad_enabled(False)
-    path = Path(request["weights"][0])
-    sys.path.insert(0, str(path.parent))
-    from dinov2.models.vision_transformer import vit_base  # type: ignore[import-not-found]  # lies among the weights
-
-    model = vit_base(patch_size=14, img_size=518, init_values=1.0, ffn_layer="mlp", block_chunks=0)  # as in its hubconf
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=False))
-    model.to(request["device"]).eval()
-    transform = transforms.Compose(
-        [
-            transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(224),
-            transforms.Lambda(lambda x: x.float().div(255.0)),
-            transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-        ]
-    )
-    consistency = load_beside("fast").consistency
-    results = Results(request["results"], request["videos"])
+    engine = load_beside("long_worker")
+    encode, transform = engine.NETWORKS[request["dimension"]](Path(request["weights"][0]), request["device"])
+    results, consistency = Results(request["results"], request["videos"]), load_beside("fast").consistency
     for video in request["videos"]:
         results.start()
-        images = transform(load_video(video["path"])).to(request["device"])
-        total, pairs = consistency(torch.cat([model(image[None]) for image in images]))
+        total, pairs = consistency(encode(transform(engine.frames(video["path"])).to(request["device"])))
         results.add(video["path"], {"video_results": total / pairs})
     return {}
 
