@@ -357,7 +357,8 @@ def _by_video(
 ) -> Scored:  # fmt: skip
     """A dimension of VBench-Long: the rows of pieces become rows of videos."""
     between: dict[str, float] | None = None
-    if (task := FIRST_FRAMES.get(one.dimension)) in first:
+    task = FIRST_FRAMES.get(one.dimension)
+    if task is not None and task in first:
         results = runner.read_parts(out / PARTS / task)
         between = long.first_frames_of(pieces, results, first[task])
         if between is None:
