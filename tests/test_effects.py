@@ -129,6 +129,27 @@ def test_pooled_spread_widens_what_chance_made_narrow_and_never_narrows():
     assert pooled([scores(np.ones((1, 5)))]) is None
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize("unlike", [0.0, 0.5, 1.0])
+def test_pooled_intervals_cover_the_truth_though_rows_are_unlike(seeds: int, unlike: float):
+    """24 rows whose noise of training differs log-normally, compared in twelve pairs, 100 times."""
+    rng, rows, runs = np.random.default_rng(seeds), 24, 100
+    covered, noisy = [], []
+    for _ in range(runs):
+        spread = np.exp(rng.normal(0, unlike, rows))
+        values = rng.normal(0, spread[:, None], (rows, seeds))
+        made = [Scores(values=v, ranges=np.stack([v, v], axis=1), prompts=None) for v in values]
+        pool = pooled(made)
+        for i in range(0, rows, 2):
+            effect = difference(made[i], made[i + 1], pool=pool)
+            covered.append(effect.low <= 0 <= effect.high)
+            if spread[i : i + 2].max() > 2:
+                noisy.append(covered[-1])
+    assert np.mean(covered) >= stats.binom.ppf(0.001, len(covered), 0.95) / len(covered)
+    if noisy:  # the price: pairs with a row twice as noisy as most
+        assert np.mean(noisy) >= stats.binom.ppf(0.001, len(noisy), 0.89) / len(noisy)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "direction", "margin", "expected"),
     [
