@@ -71,6 +71,12 @@ def _measured(group: Group) -> tuple[list[str], list[list[Any]]]:
     return heads, rows
 
 
+def widths(heads: list[str], rows: list[list[Any]]) -> list[int]:
+    """Pixels of each column, so that no heading breaks inside a word; long texts wrap from 320 on."""
+    cells = [max([len(head) + 3, *(len(str(row[n])) for row in rows)]) for n, head in enumerate(heads)]
+    return [min(320, 40 + 8 * count) for count in cells]
+
+
 def page(db_url: str | None) -> gradio.Blocks:
     """The Gradio page.
 
@@ -90,7 +96,7 @@ def page(db_url: str | None) -> gradio.Blocks:
 
     def look(board: str | None, search: str) -> Any:
         heads, rows = table(db_url, board or "", search or "")
-        return gradio.Dataframe(headers=heads, value=rows, interactive=False)
+        return gradio.Dataframe(headers=heads, value=rows, interactive=False, column_widths=widths(heads, rows))
 
     def refresh() -> Any:
         return gradio.Dropdown(choices=boards(db_url))

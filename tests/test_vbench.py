@@ -156,7 +156,10 @@ def test_official_prompt_list(vbench_environment: Path) -> None:
     assert len({everything.video_name(line, 0) for line in range(944)}) == 944
 
 
-def test_a_checkpoint_from_generation_to_database(vbench_environment: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_from_generation_to_database(
+    vbench_environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "folder", lambda: tmp_path / "none")
     call = ["--ckpt", str(tiny_pipeline(tmp_path / "model")), "--out", str(tmp_path / "run"), "--m", "1"]
     call += ["--limit", "6", "--device", "cpu", "--db", str(tmp_path / "db.sqlite"), "--json"]
     dry = invoke(*call, "--dry-run")
