@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from tmd_eval.video import default_lossless, write_video
 from tmd_eval.video_set import VIDEOS, Unit
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from students.checkpoint import Checkpoint
     from students.distributed import Ranks
     from tmd_eval.generate import Plan
@@ -28,7 +31,8 @@ PROVENANCE = ("command", "code_revision", "device", "packages", "created")
 def make(work: Plan, *, command: str | None = None, ranks: Ranks | None = None) -> int:
     """Make the missing videos of a plan; the caller, or its rank 0, holds the folder's lock.
 
-    A batch is sampled; then each of its videos is written and renamed into place, and its row appended and synced.
+    A batch is sampled; then, while the next is, each of its videos is written and renamed into place, and its row
+    appended and synced.
 
     Args:
         work: what :func:`tmd_eval.generate.plan` found, the same on every rank.
@@ -59,10 +63,7 @@ def make(work: Plan, *, command: str | None = None, ranks: Ranks | None = None) 
         done = len(work.units) - len(missing)
         shown = {"total": done + len(mine), "initial": done, "unit": "video", "desc": "videos", "file": sys.stderr}
         with tqdm(**shown, disable=rank > 0) as bar:
-            for batch in _batches(mine, work.config["batch_size"]):
-                for row in _make_batch(work, batch):
-                    video_set.append_row(out, row)
-                    bar.update()
+            _make_batches(work, mine, bar.update)
     wait()
     if rank == 0:
         _sort_manifest(work)
@@ -98,28 +99,47 @@ def _sort_manifest(work: Plan) -> None:
     )
 
 
-def _make_batch(work: Plan, batch: Sequence[Unit]) -> Iterator[dict[str, Any]]:
-    """Sample one batch and write its videos; the rows are for the manifest."""
-    settings, base = work.settings, work.checkpoint.base
+def _make_batches(work: Plan, units: Sequence[Unit], tell: Callable[[], Any]) -> None:
+    """Sample batch after batch; a thread writes each while the next is sampled, and is never more than one behind."""
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        writing: Future[None] | None = None
+        for batch in _batches(units, work.config["batch_size"]):
+            videos, seconds = _sample(work, batch)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(_write, work, batch, videos, seconds, tell)
+        if writing is not None:
+            writing.result()
+
+
+def _sample(work: Plan, batch: Sequence[Unit]) -> tuple[np.ndarray, float]:
+    """The videos of one batch, uint8 (B, T, H, W, 3), and the seconds that each took."""
     start = time.perf_counter()
     videos = work.checkpoint.sample(
         [unit.text for unit in batch],
         [unit.seed for unit in batch],
-        m=settings.m,
-        n=settings.n,
-        guidance=settings.guidance,
-    )
-    seconds = (time.perf_counter() - start) / len(batch)  # text encoding and decoding included, writing not
-    for unit, frames in zip(batch, videos.numpy(), strict=True):
+        m=work.settings.m,
+        n=work.settings.n,
+        guidance=work.settings.guidance,
+    ).numpy()
+    return videos, (time.perf_counter() - start) / len(batch)  # encoding of texts and decoding included, writing not
+
+
+def _write(work: Plan, batch: Sequence[Unit], videos: np.ndarray, seconds: float, tell: Callable[[], Any]) -> None:
+    """Write the videos of a batch, and of each its row as soon as it is there."""
+    fps = work.checkpoint.base.fps
+    for unit, frames in zip(batch, videos, strict=True):
         count, height, width, _ = frames.shape
         path = work.out / VIDEOS / unit.video
-        digest = write_video(path, frames, base.fps, lossless=default_lossless(height, width))
-        yield {
+        digest = write_video(path, frames, fps, lossless=default_lossless(height, width))
+        row = {
             "video": unit.video, "prompt": unit.prompt, "text": unit.text, "line": unit.line, "index": unit.index,
             "seed": unit.seed, "sampler": work.config["checkpoint"]["sampler"],
             "checkpoint_hash": work.checkpoint.hash, "key": unit.key, "frames": count, "height": height,
-            "width": width, "fps": base.fps, "sha256": digest, "seconds": round(seconds, 6),
+            "width": width, "fps": fps, "sha256": digest, "seconds": round(seconds, 6),
         }  # fmt: skip
+        video_set.append_row(work.out, row)
+        tell()
 
 
 def _load(checkpoint: Checkpoint) -> None:
