@@ -47,6 +47,11 @@ class Display:
         return f"[{self.number(metric.low)}, {self.number(metric.high)}]"
 
     @property
+    def phrase(self) -> str:
+        """The heading inside a sentence: "joint alignment", but "Fréchet distance"."""
+        return self.label if self.label.startswith("Fréchet") else self.label[:1].lower() + self.label[1:]
+
+    @property
     def unit(self) -> str:
         return "%" if self.share else ""
 
@@ -89,6 +94,11 @@ _KNOWN = (
         for name in ("DINO", "CLIP")
     ),
 )
+
+
+def phrase(name: str) -> str:
+    """What a metric is called inside a sentence."""
+    return next((shown.phrase for shown in _KNOWN if shown.name == name), name.replace("_", " "))
 
 
 def lower_is_better(name: str) -> bool:

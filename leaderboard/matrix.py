@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from leaderboard.display import phrase
 from leaderboard.effects import Estimate, Pool, Scores, difference, estimate, pooled, verdict
 from leaderboard.models import Metric
 
@@ -104,6 +105,8 @@ class MatrixClaim:
     """Key of the row it is compared with."""
     names: tuple[str, str]
     """What the two rows are called, also where they are not there yet."""
+    note: str = ""
+    """How the authors of the experiment read the outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,7 @@ class Decision:
             "a": self.claim.names[0],
             "b": self.claim.names[1],
             "reason": self.reason,
+            "note": self.claim.note,
         }
 
 
@@ -184,10 +188,14 @@ class Matrix:
     """How rows were scored, in words."""
     tuning: str
     """Protocol of the tuning in words."""
+    ranked_by: tuple[str, ...]
+    """Metrics that ranked the trials."""
     trials: tuple[Trials, ...]
     steps: tuple[StepTime, ...]
     missing: tuple[str, ...]
     """What is not there, a sentence each."""
+    notes: tuple[str, ...]
+    """How the authors of the experiment read it as a whole."""
     pooled: bool
     """Whether the spread between seeds is taken from all rows together."""
 
@@ -220,7 +228,7 @@ class Matrix:
         a, b = self.by_key.get(claim.a), self.by_key.get(claim.b)
         if a is None or b is None or claim.metric not in a.scores or claim.metric not in b.scores:
             lacking = claim.names[0] if a is None or claim.metric not in a.scores else claim.names[1]
-            reason = f"{claim.metric} of {lacking} is not there"
+            reason = f"not measured yet: {phrase(claim.metric)} of {lacking}"
             return Decision(claim=claim, verdict="undecided", reason=reason, effect=None, n=0, seeds=0)
         effect = difference(a.scores[claim.metric], b.scores[claim.metric], pool=self.pools.get(claim.metric))
         found, reason = verdict(effect, claim.direction, claim.margin)
@@ -245,6 +253,7 @@ def report_json(matrix: Matrix) -> dict[str, Any]:
         "rows": [_row_json(row) for row in matrix.rows],
         "claims": [decision.to_json() for decision in matrix.decisions],
         "missing": list(matrix.missing),
+        "notes": list(matrix.notes),
     }
 
 

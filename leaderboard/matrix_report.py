@@ -75,9 +75,7 @@ def build_matrix_report(matrix: Matrix, out: Path) -> Path:
         "shown": by_name,
         "effect": _effect,
         "signed": _signed,
-        "trial_metrics": sorted(
-            {name for t in matrix.trials for _, m, _ in t.rows for name in m or {}} & by_name.keys()
-        ),
+        "phrase": display.phrase,
     }
     templates = environment()
     page = templates.get_template("matrix.html.j2").render(context)
@@ -141,10 +139,6 @@ def _least_diverse(matrix: Matrix) -> list[tuple[MatrixRow, Estimate]]:
     found = [(row, matrix.difference(row, DIVERSITY)) for row in matrix.rows if row.ablation]
     lost = [(row, effect) for row, effect in found if effect is not None and effect.value < 0]
     return sorted(lost, key=lambda pair: pair[1].value)[:3]
-
-
-def _tried(matrix: Matrix, metric: str) -> bool:
-    return any(metric in (metrics or {}) for trials in matrix.trials for _, metrics, _ in trials.rows)
 
 
 def _signed(shown: Display, value: float) -> str:

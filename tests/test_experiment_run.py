@@ -313,7 +313,7 @@ def test_json_outputs_are_frozen(world: Path, copy: Path):
         return shape(json.loads(result.stdout))
 
     claim = {
-        **dict.fromkeys(("claim", "source", "verdict", "metric", "direction", "a", "b", "reason"), "text"),
+        **dict.fromkeys(("claim", "source", "verdict", "metric", "direction", "a", "b", "reason", "note"), "text"),
         **dict.fromkeys(("effect", "low", "high", "n", "seeds"), "number"),
         "margin": "null",
     }

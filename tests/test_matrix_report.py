@@ -78,7 +78,7 @@ def matrix() -> Matrix:
         claim("DMD2-v beats TMD", "DMD2-v", "TMD"),
         claim("Scores stay the same", "unshifted", "DMD2-v", direction="same", margin=0.1),
         claim("Modes collapse", "unshifted", "DMD2-v", metric="diversity", direction="lower"),
-        claim("One seed says nothing", "lonely", "DMD2-v"),
+        claim("One seed says nothing", "lonely", "DMD2-v", note="Too few <seeds>"),
         claim("<script>alert(1)</script>", "TMD", "absent"),
     )
     steps = (StepTime(name="micro_dmd2v", seconds=0.5, measured=10.0, counted=8.0),)
@@ -87,8 +87,9 @@ def matrix() -> Matrix:
         title="A matrix & more", command="tmd-eval experiment run x.yaml --out x",
         experiment={"file": "x.yaml", "sha256": "0" * 64}, code_revision="1" * 40, device="a test",
         packages={"numpy": "2"}, rows=rows, claims=claims, budgets=("Equal updates",), headline="alignment_joint",
-        prompts="200 prompts", tuning="Not tuned.", trials=trials, steps=steps, missing=("a cell is not there.",),
-        pooled=False,
+        prompts="200 prompts", tuning="Not tuned.", ranked_by=("alignment_joint",),
+        trials=trials, steps=steps, missing=("a cell is not there.",),
+        notes=("Read this & that",), pooled=False,
     )  # fmt: skip
 
 
@@ -163,6 +164,9 @@ def test_the_page_is_self_contained_escaped_and_repeatable(matrix: Matrix, tmp_p
         "micro_dmd2v",
         "1.25",
         "lr = 1e-4",
+        "Read this &amp; that",
+        "Too few &lt;seeds&gt;",
+        "not measured yet: joint alignment of absent",
     ):
         assert part in page, part
     assert (tmp_path / "report" / "figures" / "diversity.png").stat().st_size > 0

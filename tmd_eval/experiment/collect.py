@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from leaderboard.display import phrase
 from leaderboard.effects import Scores
 from leaderboard.matrix import Matrix, MatrixClaim, MatrixRow, StepTime, Trials
 from students.errors import ConfigError
@@ -61,9 +62,11 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
         headline=experiment.evaluation.metric,
         prompts=_prompts(loaded),
         tuning=_protocol(loaded),
+        ranked_by=tuple(experiment.tuning.metrics) if experiment.tuning else (),
         trials=_trials(loaded, out),
         steps=_steps(out, plan),
         missing=tuple(_missing(plan, out, planned.values(), {cell.name for cell in finished})),
+        notes=experiment.notes,
         pooled=experiment.pool_seeds,
     )
     return replace(matrix, rows=tuple(replace(row, pools=matrix.pools) for row in rows))
@@ -176,7 +179,7 @@ def _claims(loaded: Loaded) -> tuple[MatrixClaim, ...]:
             MatrixClaim(
                 claim=claim.claim, source=claim.source, metric=claim.metric, direction=claim.direction,
                 margin=claim.margin, a=key_of(a), b=key_of(b),
-                names=(row_name(experiment, a), row_name(experiment, b)),
+                names=(row_name(experiment, a), row_name(experiment, b)), note=claim.note,
             )
         )  # fmt: skip
     return tuple(found)
@@ -198,7 +201,8 @@ def _protocol(loaded: Loaded) -> str:
     return (
         f"Every method got {count} trials at M = {tuning.m}, one training each with seed {tuning.seed}, scored on "
         f"{tuning.num_prompts} held-out prompts that no row of the tables is scored on. The best mean rank in "
-        f"{' and '.join(tuning.metrics)} was chosen and used for all M, N, H, seeds and budgets of the method."
+        f"{' and '.join(map(phrase, tuning.metrics))} was chosen and used for all M, N, H, seeds and budgets of the "
+        "method."
     )
 
 
@@ -218,9 +222,13 @@ def _trials(loaded: Loaded, out: Path) -> tuple[Trials, ...]:
 
 
 def _settings(changes: Changes) -> str:
-    parts = [f"{name} = {value}" for name, value in changes.set.items()]
-    for stage, settings in changes.stages.items():
-        parts += [f"{stage}: {name} = {value}" for name, value in settings.items()]
+    """Such as "stage2: guidance 1.25, lr 0.0003"; the sections of the settings go without saying."""
+
+    def words(settings: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in settings.items())
+
+    parts = [words(changes.set)] if changes.set else []
+    parts += [f"{stage}: {words(settings)}" for stage, settings in changes.stages.items() if settings]
     return "; ".join(parts) or "as the preset"
 
 

@@ -248,6 +248,8 @@ class Claim:
     """What is claimed of a."""
     margin: float | None = None
     """For "same": the largest difference that still counts as the same."""
+    note: str = ""
+    """How you read the outcome, for the report: a bug, the scale, or the claim."""
     line: int = 0
 
     def __post_init__(self) -> None:
@@ -285,6 +287,8 @@ class Experiment:
     """What the report is to decide."""
     pool_seeds: bool = False
     """Take the spread between training seeds from all rows together where a row has few; see docs/experiments.md."""
+    notes: tuple[str, ...] = ()
+    """How you read the matrix as a whole, for the report."""
     line: int = 0
 
     @property
