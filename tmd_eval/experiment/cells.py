@@ -333,9 +333,9 @@ def stages_of(method: Method, row: Row, ablation: Ablation | None) -> list[Stage
 
 
 def rows_of(experiment: Experiment, section: Section) -> Iterator[tuple[Row, int]]:
-    """The rows of a section, each with the line that asks for it."""
-    for block in section.cells:
-        for budget in section.budgets or (experiment.first_budget,):
+    """The rows of a section, each with the line that asks for it; one budget after the other, as they are then run."""
+    for budget in section.budgets or (experiment.first_budget,):
+        for block in section.cells:
             for ablation in block.ablations:
                 for row in _block_rows(block, experiment.methods):
                     yield replace(row, ablation=ablation, budget=budget), block.line
