@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from leaderboard.checks import DIMENSIONS, QUALITY_DIMENSIONS
-from leaderboard.figures import INK, LINE, MUTED, STYLES, Figure, canvas, family, finish, style
+from leaderboard.figures import Figure, canvas, finish
+from leaderboard.marks import INK, LINE, MUTED, STYLES, family, style
 from leaderboard.models import Preference, Result
 
 SHOWN = 6

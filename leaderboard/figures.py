@@ -1,7 +1,6 @@
 """Figures of a report: a metric against compute, the same bytes for the same rows.
 
-Colours are Okabe and Ito's, safe for colour-blind readers, and every method has its own marker besides. The SVG that
-goes into the page takes its colours from the page's CSS, so that it follows light and dark.
+The SVG that goes into the page takes its colours from the page's CSS, so that it follows light and dark.
 """
 
 from __future__ import annotations
@@ -17,20 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from leaderboard.display import Display, count, method_key, seconds
+from leaderboard.display import Display, count, seconds
 from leaderboard.labels import place_labels
+from leaderboard.marks import INK, LINE, MUTED, OTHERS, STYLES, draw_mark, family, style
 from leaderboard.models import Metric, Result
 from leaderboard.stats import on_front, score_draws
 
-INK, MUTED, LINE = "#1b1f24", "#5b6570", "#dde2e7"
-STYLES = {
-    "tmd": ("o", "#0072b2"),
-    "tm-mf": ("o", "#56b4e9"),
-    "dmd2-v": ("^", "#d55e00"),
-    "rcm": ("D", "#009e73"),
-    "kd": ("v", "#cc79a7"),
-}
-OTHERS = (("P", "#e69f00"), ("X", "#e69f00"), ("*", "#e69f00"))
 DRAWN = 60
 """Points with marker and interval, at most; the rest of a large board are dots."""
 LABELLED = 16
@@ -129,6 +120,12 @@ class Point:
     """Points of one line are joined; None stands alone."""
     named: bool = True
     """Whether it may have a label."""
+    short: str = ""
+    """Its label in the figure, where that is not ``label``."""
+    digit: str = ""
+    """A character within the mark."""
+    hollow: bool = False
+    """Its mark is an outline."""
     faint: bool = False
     """Drawn as a dot without a label."""
 
@@ -188,6 +185,7 @@ def against(
     real: Metric | None = None,
     title: str = "",
     cut: bool = False,
+    size: tuple[float, float] = (4.7, 3.6),
 ) -> Figure | None:
     """A metric against compute: log axis, intervals, Pareto step, direct labels, the teacher also as a band.
 
@@ -199,6 +197,7 @@ def against(
         real: the same metric for real against real, drawn as a dotted line.
         title: heading above the figure, such as the base model.
         cut: leave the teachers' place on the axis out, for the space of the others; their height stays as a line.
+        size: width and height in inches.
 
     Returns:
         The figure, or None where there is no point.
@@ -215,7 +214,7 @@ def against(
     dots = [p for i, p in enumerate(points) if i not in chosen or p.faint]
     named = [p for i in best if (p := points[int(i)]) in drawn and p.named][:LABELLED]
     certain = [p for p in drawn if p.low < p.high]
-    with canvas(4.7, 3.6) as drawing:
+    with canvas(*size) as drawing:
         axes = drawing.add_subplot()
         _axes(axes, points, display, axis, real, [p.y for p in teachers])
         axes.set_title(title, fontsize=11, loc="left")
@@ -339,24 +338,6 @@ def _log_ticks(axes: Any) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
-def family(method: str) -> str:
-    """The method whose marker a method has: "tmd" for "TMD-N2H5"; its own name where it has none."""
-    key = method_key(method)
-    found = [known for known in STYLES if key == known or key.startswith((f"{known}-", f"{known}+"))]
-    return max(found, key=len, default=key)
-
-
-def style(role: str, method: str, unknown: Sequence[str]) -> dict[str, Any]:
-    """Marker and colour; methods without a marker of their own take one by their place among the unknown."""
-    if role == "teacher":
-        return {"marker": "s", "color": INK, "markerfacecolor": INK}
-    if role == "undistilled":
-        return {"marker": "s", "color": MUTED, "markerfacecolor": "#ffffff"}
-    key = family(method)
-    marker, color = STYLES.get(key) or OTHERS[unknown.index(key) % len(OTHERS)]
-    return {"marker": marker, "color": color, "markerfacecolor": color}
-
-
 def _step(axes: Any, points: Sequence[Point], certain: Sequence[Point], sign: int) -> None:
     """The Pareto front as a step, and where 95 % of the fronts of resampled scores lie."""
     if len(points) < 3:
@@ -387,7 +368,7 @@ def _draw(axes: Any, points: Sequence[Point]) -> None:
         if point.low < point.high:
             ends = [point.low, point.high]
             axes.plot([point.x] * 2, ends, color=look["color"], linewidth=2, solid_capstyle="butt", zorder=3)
-        axes.plot([point.x], [point.y], linestyle="", markersize=7.5, markeredgewidth=1.6, zorder=4, **look)
+        draw_mark(axes, point, unknown)
     for line in lines(points):
         undistilled = line[0].role != "student"
         color = MUTED if undistilled else style("student", line[0].method, unknown)["color"]

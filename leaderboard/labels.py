@@ -73,7 +73,8 @@ def place_labels(
             steps = [begin + (end - begin) * i / 60 for i in range(61)]
             taken += [(x - 3 * pixels, y - 3 * pixels, x + 3 * pixels, y + 3 * pixels) for x, y in steps]
     for point in named:
-        text = point.label if len(point.label) <= LONGEST else f"{point.label[: LONGEST - 1]}\u2026"
+        text = point.short or point.label
+        text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}\u2026"
         size = axes.annotate(text, (point.x, point.y), fontsize=10)
         extent = size.get_window_extent(renderer)
         width, height = extent.width, extent.height

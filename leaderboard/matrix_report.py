@@ -57,7 +57,7 @@ def build_matrix_report(matrix: Matrix, out: Path) -> Path:
     headline = by_name.get(matrix.headline) or headlines[0]
     tables = _tables(matrix, headline, by_name.get("frechet"))
     collapse = (
-        diversity_against(matrix.rows, headline, by_name[DIVERSITY], name="diversity") if DIVERSITY in by_name else None
+        diversity_against(matrix, headline, by_name[DIVERSITY], name="diversity") if DIVERSITY in by_name else None
     )
     context = {
         "matrix": matrix,

@@ -11,7 +11,8 @@ from leaderboard import figures, published
 from leaderboard.board import slug
 from leaderboard.checks import DIMENSIONS, TOTALS
 from leaderboard.display import Display
-from leaderboard.figures import Figure, Point, family
+from leaderboard.figures import Figure, Point
+from leaderboard.marks import family
 from leaderboard.models import Reported
 
 LEAST = 5

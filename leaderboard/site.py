@@ -22,6 +22,7 @@ from leaderboard.clips import Sheet, contact_sheet
 from leaderboard.display import Display
 from leaderboard.errors import LeaderboardError
 from leaderboard.figures import Figure
+from leaderboard.marks import family
 from leaderboard.models import Latency, Preference, Reported, Result, Thumbnail
 from leaderboard.page import SiteFolder, environment
 from leaderboard.query import (
@@ -162,7 +163,7 @@ def _templates() -> Environment:
         "formula": published.formula,
         "flags_of": published.flags,
         "name_of": published.name,
-        "family": figures.family,
+        "family": family,
     }
     templates.filters |= {"points": _points, "gigabytes": lambda value: f"{value / 2**30:.2f}"}
     return templates

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from leaderboard.display import displays
 from leaderboard.effects import Scores, difference
 from leaderboard.errors import LeaderboardError
 from leaderboard.matrix import Matrix, MatrixClaim, MatrixRow, StepTime, Trials, report_json
+from leaderboard.matrix_figures import against_nfe, diversity_against
 from leaderboard.matrix_report import build_matrix_report
 
 PROMPTS = 200
@@ -91,6 +93,12 @@ def matrix() -> Matrix:
         trials=trials, steps=steps, missing=("a cell is not there.",),
         notes=("Read this & that",), pooled=False,
     )  # fmt: skip
+
+
+ALIGNMENT, DIVERSITY = (
+    next(d for d in displays([row("any", 0.5)]) if d.name == name)  # type: ignore[list-item]  # rows have metrics
+    for name in ("alignment_joint", "diversity")
+)
 
 
 def test_verdicts(matrix: Matrix):
@@ -181,6 +189,37 @@ def test_the_collapse_is_named_with_both_differences(matrix: Matrix, tmp_path: P
     assert lost is not None and lost.high < -0.4
     section = text[text.index('id="collapse"') :]
     assert "unshifted" in section[: section.index("</p>")]
+
+
+def words(svg: str) -> list[str]:
+    """Texts of a figure whose letters are letters, without ticks and digits in marks."""
+    return [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg) if len(text) > 2]
+
+
+def test_rows_that_differ_in_m_alone_share_a_line_and_a_label(matrix: Matrix):
+    rows = [
+        row(f"TMD, M = {m}", 0.3 * m, name=f"TMD, M = {m}", m=m, effective_nfe=1.2 * m, number=m) for m in (1, 2, 3)
+    ]
+    figure = against_nfe([matrix.rows[0], *rows], ALIGNMENT, name="joint")
+    assert figure is not None
+    assert words(figure.svg).count("TMD") == 1 and not any("M = " in text for text in words(figure.svg))
+    assert all(r.name in figure.alt for r in rows)
+    assert len(re.findall(r">[123]</text>", figure.svg)) >= 3
+
+
+def test_names_in_the_figure_of_collapse_stand_where_diversity_surely_differs(matrix: Matrix):
+    figure = diversity_against(matrix, ALIGNMENT, DIVERSITY, name="diversity")
+    assert figure is not None
+    shown = words(figure.svg)
+    assert {"teacher", "unshifted", "DMD2-v", "TMD"} <= set(shown)
+    assert shown.count("TMD") == 1 and shown.count("DMD2-v") == 2  # in the legend, and DMD2-v as the baseline
+    same = replace(matrix, rows=tuple(r if r.key != "unshifted" else replace(r, scores=other(r)) for r in matrix.rows))
+    calm = diversity_against(same, ALIGNMENT, DIVERSITY, name="diversity")
+    assert calm is not None and "unshifted" not in words(calm.svg) and "unshifted" in calm.alt
+
+
+def other(line: MatrixRow) -> dict[str, Scores]:
+    return {**line.scores, "diversity": whole(0.9, 3, 7, 0.05)}
 
 
 def test_an_empty_matrix_is_refused(matrix: Matrix, tmp_path: Path):
