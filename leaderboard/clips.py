@@ -109,7 +109,7 @@ def decode(path: Path) -> tuple[list[Any], float]:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 8)
-            frames = [frame.to_image() for frame in container.decode(stream)]
+            frames = [frame.to_image(threads=1) for frame in container.decode(stream)]
     except (OSError, IndexError, ValueError) as error:  # PyAV's errors are OSErrors or ValueErrors
         raise LeaderboardError(
             f"Cannot read the video {path} ({error}); make the run again, or leave clips out."

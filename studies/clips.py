@@ -43,8 +43,8 @@ def read_frames(path: Path, shape: Shape) -> np.ndarray:
             frames = []
             for frame in container.decode(stream):
                 if (frame.height, frame.width) != (shape.height, shape.width):
-                    frame = frame.reformat(width=shape.width, height=shape.height, interpolation="AREA")
-                frames.append(frame.to_ndarray(format="rgb24"))
+                    frame = frame.reformat(width=shape.width, height=shape.height, interpolation="AREA", threads=1)
+                frames.append(frame.to_ndarray(format="rgb24", threads=1))
     except (OSError, IndexError, ValueError) as error:
         raise StudyError(f"The video {path} is unreadable ({error}); make it anew.") from error
     if not frames:
