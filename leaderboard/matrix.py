@@ -39,6 +39,8 @@ class MatrixRow:
     forward_passes: float | None
     seconds_per_video: float | None
     """Median wall-clock seconds of one video."""
+    seconds_range: tuple[float, float] | None = None
+    """Fastest and slowest round, where rows were timed apart from the run."""
     training_minutes: float | None
     """Of all stages, a mean over seeds; None for the base model."""
     compute: float | None
@@ -186,6 +188,8 @@ class Matrix:
     """Metric of the figures."""
     prompts: str
     """How rows were scored, in words."""
+    timing: str
+    """How seconds a video were measured, in words."""
     tuning: str
     """Protocol of the tuning in words."""
     ranked_by: tuple[str, ...]
@@ -262,6 +266,7 @@ def _row_json(row: MatrixRow) -> dict[str, Any]:
     more = ("budget", "ablation", "forward_passes", "training_minutes", "compute", "student_updates")
     return {
         **{key: getattr(row, key) for key in (*fields, *more)},
+        "seconds_range": row.seconds_range,
         "sections": list(row.sections),
         "iterations": list(row.iterations),
         "seeds": list(row.seeds),

@@ -104,12 +104,12 @@ def diversity_against(matrix: Matrix, display: Display, diversity: Display, *, n
             for p in points
         )
         caption = (
-            f"{diversity.label} against {display.label}, with 95 % intervals over seeds and prompts. Dotted: as "
+            f"{diversity.label} against {display.phrase}, with 95 % intervals over seeds and prompts. Dotted: as "
             "diverse as real clips. The digit in a mark is M; hollow student marks are ablations, with a name where "
             "their diversity surely differs from that of the method as it is. What lies low has collapsed, wherever it "
             "lies from left to right."
         )
-        alt = f"{diversity.label} against {display.label}. {text}."
+        alt = f"{diversity.label} against {display.phrase}. {text}."
         return figures.finish(drawing, name=name, caption=caption, alt=alt)
 
 

@@ -136,7 +136,8 @@ def _with_baselines(matrix: Matrix, own: list[MatrixRow]) -> list[MatrixRow]:
 
 def _least_diverse(matrix: Matrix) -> list[tuple[MatrixRow, Estimate]]:
     """Ablations by how much diversity they lose against the method as it is, the most first; three at most."""
-    found = [(row, matrix.difference(row, DIVERSITY)) for row in matrix.rows if row.ablation]
+    first = matrix.budgets[:1]  # of rows that differ in the budget alone, one will do
+    found = [(row, matrix.difference(row, DIVERSITY)) for row in matrix.rows if row.ablation and row.budget in first]
     lost = [(row, effect) for row, effect in found if effect is not None and effect.value < 0]
     return sorted(lost, key=lambda pair: pair[1].value)[:3]
 

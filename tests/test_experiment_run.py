@@ -17,6 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from students.checkpoint import Checkpoint
 from students.errors import ConfigError, IncompleteError
 from tests.test_json_output import shape
 from tests.tiny import tiny_pipeline
@@ -28,6 +29,7 @@ from tmd_eval.experiment.jobs import Job, load_plan
 from tmd_eval.experiment.run import Options, run
 from tmd_eval.experiment.runner import Progress, Runner
 from tmd_eval.experiment.table import cell_state, summary, text
+from tmd_eval.experiment.times import time_rows
 
 STAGE1 = {
     "out": "runs/s1",
@@ -301,6 +303,41 @@ def test_status_and_report_commands(world: Path, finished: Path, tmp_path: Path)
     )
     assert isinstance(absent.exception, ConfigError) and "holds no experiment yet" in str(absent.exception)
     assert CliRunner().invoke(app, ["experiment", "status", str(world / "experiment.yaml")]).exit_code != 0  # no out
+
+
+def test_every_row_is_timed_in_turn_and_the_report_shows_it(
+    world: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[tuple[str, int | None, int | None, int]] = []
+    sample = Checkpoint.sample
+
+    def spy(self: Checkpoint, prompts: Any, seeds: Any, **settings: Any) -> Any:
+        calls.append((self.settings(settings["m"])["role"], settings["m"], settings["n"], len(prompts)))
+        return sample(self, prompts, seeds, **settings)
+
+    monkeypatch.setattr(Checkpoint, "sample", spy)
+    file, before = str(world / "experiment.yaml"), times(copy)
+    call = ["experiment", "time", file, "--out", str(copy), "--repeats", "2", "--batch", "2", "--json"]
+    made = CliRunner().invoke(app, call)
+    assert made.exit_code == 0, made.output
+    entry = dict.fromkeys(("median", "low", "high"), "number")
+    assert set(map(str, shape(json.loads(made.stdout))["cells"].values())) == {str(entry)}
+    assert calls[:3] == calls[3:6] == calls[6:] and len(calls) == 9  # one round to warm up, two more
+    assert set(calls[:3]) == {("undistilled", 1, None, 2), ("student", None, None, 2), ("student", None, 1, 2)}
+    assert times(copy) == before
+    assert CliRunner().invoke(app, ["experiment", "report", file, "--out", str(copy)]).exit_code == 0
+    report = json.loads((copy / "report" / "report.json").read_text())
+    for row in report["rows"]:
+        low, high = row["seconds_range"]
+        assert 0 < low <= row["seconds_per_video"] <= high
+    assert "measured apart from the run" in (copy / "report" / "index.html").read_text()
+    assert run(Options(file=world / "experiment.yaml", out=copy)).made == 0
+    with pytest.raises(ConfigError, match="at least 2 rounds"):
+        time_rows(world / "experiment.yaml", copy, repeats=1)
+    with pytest.raises(ConfigError, match="no finished cell yet"):
+        time_rows(world / "experiment.yaml", tmp_path / "empty")
+    with store.run_lock(copy), pytest.raises(ConfigError, match="Another tmd-eval"):
+        time_rows(world / "experiment.yaml", copy)
 
 
 def test_json_outputs_are_frozen(world: Path, copy: Path):

@@ -107,6 +107,39 @@ def report(
     typer.echo(f"Report: {page}")
 
 
+@app.command()
+def time(
+    file: File,
+    out: Out = None,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    batch: Annotated[int, typer.Option(help="Videos a round and row.")] = 16,
+    json_: Json = False,
+) -> None:
+    """Time every finished row on an idle machine: one process, the rows in turn; the next report shows these seconds.
+
+    Example: tmd-eval experiment time examples/micro_matrix_smoke.yaml --out runs/smoke
+    """
+    import json
+
+    from tqdm import tqdm
+
+    from tmd_eval.experiment.times import time_rows
+
+    with tqdm(unit="batch", disable=None) as bar:
+
+        def told(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        times = time_rows(file, _folder(file, out), repeats=repeats, batch=batch, told=told)
+    if json_:
+        typer.echo(json.dumps(times))
+        return
+    for name, seconds in times["cells"].items():
+        typer.echo("{median:.4g} s [{low:.4g}, {high:.4g}]  ".format(**seconds) + name)
+    typer.echo(f"Write the report: tmd-eval experiment report {file}{f' --out {out}' if out else ''}")
+
+
 def _folder(file: Path, out: Path | None) -> Path:
     """--out, or the file's own."""
     if out is not None:

@@ -21,8 +21,9 @@ from tmd_eval.experiment.budget import student_updates
 from tmd_eval.experiment.cells import Cell, Row, find
 from tmd_eval.experiment.jobs import Job, Plan
 from tmd_eval.experiment.names import budget_name, role, row_name
-from tmd_eval.experiment.plan import Loaded, training_name
+from tmd_eval.experiment.plan import Loaded, finished_cells, training_name
 from tmd_eval.experiment.schema import BASE, Changes
+from tmd_eval.experiment.times import read_times
 from tmd_eval.experiment.tuning import read_trials
 from tmd_eval.provenance import package_versions
 
@@ -39,15 +40,15 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
     experiment = loaded.experiment
     planned = {cell.name: cell for cell in plan.cells if not plan.waits(cell)}
     cells = [cell for cell in loaded.cells if cell.name in planned]
-    ends = {name: plan.jobs[cell.jobs[-1]] for name, cell in planned.items()}
-    finished = [cell for cell in cells if store.done(out, ends[cell.name])]
+    finished = finished_cells(loaded, plan, out)
+    times = read_times(out)
     groups: dict[Row, list[Cell]] = {}
     for cell in finished:
         groups.setdefault(cell.row, []).append(cell)
     asked: dict[Row, int] = {}
     for cell in cells:
         asked[cell.row] = asked.get(cell.row, 0) + 1
-    rows = tuple(_row(loaded, out, group, asked[row]) for row, group in groups.items())
+    rows = tuple(_row(loaded, out, group, asked[row], times) for row, group in groups.items())
     configs = [_yaml(run / "config.yaml") for row in rows for run in row.runs]
     matrix = Matrix(
         title=experiment.title,
@@ -61,6 +62,7 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
         budgets=tuple(budget_name(experiment, name) for name in experiment.budgets),
         headline=experiment.evaluation.metric,
         prompts=_prompts(loaded),
+        timing=_timing(times),
         tuning=_protocol(loaded),
         ranked_by=tuple(experiment.tuning.metrics) if experiment.tuning else (),
         trials=_trials(loaded, out),
@@ -84,14 +86,17 @@ def key_of(row: Row) -> str:
     return row.slug
 
 
-def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int) -> MatrixRow:
+def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: Mapping[str, Any]) -> MatrixRow:
     experiment, row = loaded.experiment, cells[0].row
     runs = tuple(out / "cells" / cell.name for cell in cells)
     checkpoint = _yaml(runs[0] / "config.yaml").get("checkpoint", {})
     summaries = [store.read_json(run / "scores" / "summary.json") or {} for run in runs]
     names = set.intersection(*(set(summary) for summary in summaries))
     trained = row.method != BASE
-    seconds = [row["seconds"] for run in runs for row in _lines(run / "manifest.jsonl") if row.get("seconds")]
+    timed = next((times["cells"][cell.name] for cell in cells if cell.name in times.get("cells", {})), None)
+    if timed is None:
+        noted = [row["seconds"] for run in runs for row in _lines(run / "manifest.jsonl") if row.get("seconds")]
+        timed = {"median": statistics.median(noted) if noted else None}
     trainings = cells[0].trainings
     label = experiment.ablations[row.ablation].label if row.ablation else None
     return MatrixRow(
@@ -108,7 +113,8 @@ def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int) -> Matr
         baseline=key_of(replace(row, ablation=None)) if row.ablation else None,
         effective_nfe=checkpoint.get("effective_nfe"),
         forward_passes=checkpoint.get("forward_passes"),
-        seconds_per_video=statistics.median(seconds) if seconds else None,
+        seconds_per_video=timed["median"],
+        seconds_range=(timed["low"], timed["high"]) if "low" in timed else None,
         training_minutes=_minutes(out, cells) if trained else None,
         compute=sum(t.config.cost(loaded.base.blocks).total for t in trainings) / loaded.base.blocks
         if trained
@@ -190,6 +196,20 @@ def _prompts(loaded: Loaded) -> str:
     return (
         f"{evaluation.num_prompts} held-out prompts ({evaluation.prompts}), {evaluation.samples_per_prompt} "
         f"video{'s' if evaluation.samples_per_prompt != 1 else ''} each, for every seed"
+    )
+
+
+def _timing(times: Mapping[str, Any]) -> str:
+    """How seconds a video were measured, in words."""
+    apart = (
+        f"measured apart from the run, on {times['device']}: one process, every row in turn, {times['repeats']} rounds "
+        f"of {times['batch']} videos; median [fastest, slowest] round. "
+        if times
+        else ""
+    )
+    rest = "Rows without a range: the median" if times else "the median"
+    return (
+        f"{apart}{rest} over the videos of the run itself, which had other jobs beside; compare those by effective NFE."
     )
 
 

@@ -162,6 +162,12 @@ def unfinished(out: Path, jobs: Iterable[Job]) -> list[Job]:
     return list(lacking.values())
 
 
+def finished_cells(loaded: Loaded, plan: Plan, out: Path) -> list[Cell]:
+    """Cells of the matrix that are scored, in the order of the file."""
+    ends = {cell.name: plan.jobs[cell.jobs[-1]] for cell in plan.cells if not plan.waits(cell)}
+    return [cell for cell in loaded.cells if cell.name in ends and store.done(out, ends[cell.name])]
+
+
 def write_tuning(out: Path, loaded: Loaded) -> None:
     """Write ``tuning.json``: every trial with its scores, and what was chosen."""
     if loaded.experiment.tuning is None:
