@@ -50,7 +50,8 @@ def draw_mark(axes: Any, point: Point, unknown: Sequence[str]) -> None:
     look = style(point.role, point.method, unknown)
     if point.hollow:
         look["markerfacecolor"] = "#ffffff"
-    axes.plot([point.x], [point.y], linestyle="", markersize=7.5, markeredgewidth=1.6, zorder=4, **look)
+    size = 9.5 if point.digit and look["marker"] in "^v" else 7.5  # a digit fills more of a triangle
+    axes.plot([point.x], [point.y], linestyle="", markersize=size, markeredgewidth=1.6, zorder=4, **look)
     if point.digit:
         ink = "#ffffff" if look["markerfacecolor"] == look["color"] else look["color"]
         drop = -1.1 if look["marker"] == "^" else -0.3  # a triangle's middle lies low

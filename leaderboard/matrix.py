@@ -182,6 +182,8 @@ class Matrix:
     packages: dict[str, str]
     rows: tuple[MatrixRow, ...]
     claims: tuple[MatrixClaim, ...]
+    sections: tuple[str, ...]
+    """Parts of the matrix, in the order of the file."""
     budgets: tuple[str, ...]
     """Labels, the default first."""
     headline: str

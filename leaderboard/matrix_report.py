@@ -99,7 +99,8 @@ VERDICTS = ("holds", "does not hold", "undecided")
 def _tables(matrix: Matrix, headline: Display, frechet: Display | None) -> list[Table]:
     tables = []
     base = [row for row in matrix.rows if row.budget is None]
-    sections = list(dict.fromkeys(section for row in matrix.rows for section in row.sections))
+    there = {section for row in matrix.rows for section in row.sections}
+    sections = [section for section in matrix.sections if section in there]
     for section in sections:
         used = {row.budget for row in matrix.rows if section in row.sections}
         budgets: list[str | None] = [budget for budget in matrix.budgets if budget in used]
@@ -135,10 +136,10 @@ def _with_baselines(matrix: Matrix, own: list[MatrixRow]) -> list[MatrixRow]:
 
 
 def _least_diverse(matrix: Matrix) -> list[tuple[MatrixRow, Estimate]]:
-    """Ablations by how much diversity they lose against the method as it is, the most first; three at most."""
+    """Ablations that surely lose diversity against the method as it is, the most first; three at most."""
     first = matrix.budgets[:1]  # of rows that differ in the budget alone, one will do
     found = [(row, matrix.difference(row, DIVERSITY)) for row in matrix.rows if row.ablation and row.budget in first]
-    lost = [(row, effect) for row, effect in found if effect is not None and effect.value < 0]
+    lost = [(row, effect) for row, effect in found if effect is not None and effect.high < 0]
     return sorted(lost, key=lambda pair: pair[1].value)[:3]
 
 

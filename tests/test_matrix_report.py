@@ -88,7 +88,8 @@ def matrix() -> Matrix:
     return Matrix(
         title="A matrix & more", command="tmd-eval experiment run x.yaml --out x",
         experiment={"file": "x.yaml", "sha256": "0" * 64}, code_revision="1" * 40, device="a test",
-        packages={"numpy": "2"}, rows=rows, claims=claims, budgets=("Equal updates",), headline="alignment_joint",
+        packages={"numpy": "2"}, rows=rows, claims=claims, sections=("Main", "Ablations"), budgets=("Equal updates",),
+        headline="alignment_joint",
         prompts="200 prompts", timing="measured somehow.", tuning="Not tuned.", ranked_by=("alignment_joint",),
         trials=trials, steps=steps, missing=("a cell is not there.",),
         notes=("Read this & that",), pooled=False,

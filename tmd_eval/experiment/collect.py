@@ -59,6 +59,7 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
         packages=package_versions(),
         rows=rows,
         claims=_claims(loaded),
+        sections=tuple(section.name for section in experiment.sections),
         budgets=tuple(budget_name(experiment, name) for name in experiment.budgets),
         headline=experiment.evaluation.metric,
         prompts=_prompts(loaded),
