@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,8 @@ class MatrixRow:
     """Videos (over all seeds) that each metric rests on."""
     runs: tuple[Path, ...]
     """Run folder of each seed, for clips."""
+    weights: tuple[str, ...] = ()
+    """Hash of the weights that each run sampled."""
     pools: dict[str, Pool] = field(default_factory=dict)
     """Spread between seeds to use where it is larger than the row's own, by metric."""
     blocks: int | None = None
@@ -75,11 +77,16 @@ class MatrixRow:
             value = estimate(scores, pool=self.pools.get(name), bounds=bounds)
             found.append(
                 Metric(
-                    name=name, value=value.value, low=value.low, high=value.high, n=self.counts[name],
+                    name=name, value=value.value, low=value.low, high=value.high, n=self._n(name),
                     completeness=1.0, metric_version="", weight_hashes={},
                 )
             )  # fmt: skip
         return found
+
+    def _n(self, name: str) -> int:
+        """Videos a metric rests on: of all seeds, or of one for the distances, which depend on it."""
+        whole = name.startswith("frechet") and self.scores[name].prompts is None
+        return self.counts[name] // (len(self.seeds) or 1) if whole else self.counts[name]
 
     def metric(self, name: str) -> Metric | None:
         return next((metric for metric in self.metrics if metric.name == name), None)
@@ -143,6 +150,7 @@ class Decision:
             "margin": self.claim.margin,
             "a": self.claim.names[0],
             "b": self.claim.names[1],
+            "rows": [self.claim.a, self.claim.b],
             "reason": self.reason,
             "note": self.claim.note,
         }
@@ -214,8 +222,9 @@ class Matrix:
         """Spread between seeds by metric, where it is pooled."""
         if not self.pooled:
             return {}
-        names = {name for row in self.rows for name in row.scores}
-        found = {name: pooled([row.scores[name] for row in self.rows if name in row.scores]) for name in names}
+        rows = {row.runs or row.key: row for row in self.rows}.values()  # two budgets may come to the same students
+        names = {name for row in rows for name in row.scores}
+        found = {name: pooled([row.scores[name] for row in rows if name in row.scores]) for name in names}
         return {name: pool for name, pool in found.items() if pool is not None}
 
     @cached_property
@@ -244,12 +253,17 @@ class Matrix:
 
 
 def _prompts(row: MatrixRow, metric: str) -> int:
+    """Prompts a metric rests on; those of a whole set rest on all that the row has."""
     table = row.scores[metric].prompts
-    return row.counts[metric] // max(len(row.seeds), 1) if table is None else table.shape[1]
+    if table is not None:
+        return table.shape[1]
+    tables = [scores.prompts.shape[1] for scores in row.scores.values() if scores.prompts is not None]
+    return max(tables, default=row.counts[metric] // max(len(row.seeds), 1))
 
 
 def report_json(matrix: Matrix) -> dict[str, Any]:
     """The content of report.json, a contract: other programs and ``tmd-eval rerun`` read it."""
+    differences = [(row, name, matrix.difference(row, name)) for row in matrix.rows for name in sorted(row.scores)]
     return {
         "command": matrix.command,
         "code_revision": matrix.code_revision,
@@ -258,6 +272,26 @@ def report_json(matrix: Matrix) -> dict[str, Any]:
         "experiment": matrix.experiment,
         "rows": [_row_json(row) for row in matrix.rows],
         "claims": [decision.to_json() for decision in matrix.decisions],
+        "differences": [
+            {
+                "row": row.key,
+                "from": row.baseline,
+                "metric": name,
+                "value": effect.value,
+                "low": effect.low,
+                "high": effect.high,
+            }
+            for row, name, effect in differences
+            if effect is not None
+        ],
+        "trials": [
+            {"method": trials.method, "settings": settings, "metrics": metrics, "chosen": chosen}
+            for trials in matrix.trials
+            for settings, metrics, chosen in trials.rows
+        ],
+        "steps": [asdict(step) for step in matrix.steps],
+        "packages": matrix.packages,
+        "pooled": matrix.pooled,
         "missing": list(matrix.missing),
         "notes": list(matrix.notes),
     }
@@ -267,7 +301,12 @@ def _row_json(row: MatrixRow) -> dict[str, Any]:
     fields = ("name", "role", "method", "m", "n", "h", "effective_nfe", "seconds_per_video")
     more = ("budget", "ablation", "forward_passes", "training_minutes", "compute", "student_updates")
     return {
+        "key": row.key,
         **{key: getattr(row, key) for key in (*fields, *more)},
+        "runs": [
+            {"cell": run.name, "seed": seed, "weights": weights}
+            for run, seed, weights in zip(row.runs, row.seeds, row.weights, strict=False)
+        ],
         "seconds_range": row.seconds_range,
         "sections": list(row.sections),
         "iterations": list(row.iterations),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from leaderboard.display import Display
 from leaderboard.effects import Estimate
 from leaderboard.errors import LeaderboardError
 from leaderboard.figures import Figure
-from leaderboard.matrix import Matrix, MatrixRow, report_json
+from leaderboard.matrix import Decision, Matrix, MatrixRow, report_json
 from leaderboard.matrix_figures import against_nfe, diversity_against
 from leaderboard.matrix_sheets import row_sheets
 from leaderboard.page import environment, write_file
@@ -71,7 +72,8 @@ def build_matrix_report(matrix: Matrix, out: Path) -> Path:
         "sheets": row_sheets(matrix.rows),
         "decisions": matrix.decisions,
         "verdicts": {name: sum(d.verdict == name for d in matrix.decisions) for name in VERDICTS},
-        "forest": [_bar(decision.effect) for decision in matrix.decisions],
+        "forest": _forest(matrix.decisions),
+        "spread": [d for d in matrix.decisions if d.claim.metric == DIVERSITY and d.effect],
         "shown": by_name,
         "effect": _effect,
         "signed": _signed,
@@ -81,7 +83,8 @@ def build_matrix_report(matrix: Matrix, out: Path) -> Path:
     page = templates.get_template("matrix.html.j2").render(context)
     text = templates.get_template("matrix.md.j2").render(context)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "figures").mkdir(exist_ok=True)
+    shutil.rmtree(out / "figures", ignore_errors=True)
+    (out / "figures").mkdir()
     drawn = [figure for table in tables for figure in table.figures] + ([collapse] if collapse else [])
     for figure in drawn:
         write_file(out / "figures" / f"{figure.name}.svg", figure.svg)
@@ -153,11 +156,20 @@ def _effect(shown: Display, effect: Estimate) -> str:
     return f"{_signed(shown, effect.value)} [{_signed(shown, effect.low)}, {_signed(shown, effect.high)}]"
 
 
-def _bar(effect: Estimate | None) -> dict[str, Any] | None:
+def _forest(decisions: list[Decision]) -> list[dict[str, Any] | None]:
+    """The bars of all claims; those of one metric have one scale."""
+    reach: dict[str, float] = {}
+    for decision in decisions:
+        if decision.effect is not None:
+            name, effect = decision.claim.metric, decision.effect
+            reach[name] = max(reach.get(name, 1e-12), abs(effect.low), abs(effect.high))
+    return [_bar(decision.effect, 1.1 * reach.get(decision.claim.metric, 1.0)) for decision in decisions]
+
+
+def _bar(effect: Estimate | None, reach: float) -> dict[str, Any] | None:
     """Where an interval lies against 0, in percent of a bar that reaches as far on both sides."""
     if effect is None:
         return None
-    reach = 1.1 * max(abs(effect.low), abs(effect.high), abs(effect.value), 1e-12)
 
     def place(value: float) -> float:
         return round(50 + 50 * value / reach, 2)

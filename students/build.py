@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from students.parallel import Layout, store_low
 from students.spec import BaseRecord, StudentSpec
 from students.tmd import TMDStudent
 from students.weights import combined_hash, weight_files
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,10 @@ def _student(
     for name, theirs_, ours_ in agreement:
         if theirs_ != ours_:
             raise ConfigError(f"parent {folder} has {name} = {theirs_}, but this run {ours_}; make them agree.")
+    for name, ours_ in config.kind.sampling(config.method).items():
+        theirs_ = getattr(spec, name)
+        if name in ("m", "n", "gamma_outer", "gamma_inner") and None not in (theirs_, ours_) and theirs_ != ours_:
+            log.warning("parent %s was trained with %s = %s, this run has %s", folder, name, theirs_, ours_)
     student.requires_grad_(True)
     return student, {"ref": str(folder.resolve()), "hash": combined_hash(weight_files(folder))}
 

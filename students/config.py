@@ -64,7 +64,7 @@ class OptimiserConfig:
     eps: float = 1e-8
     """Adam's floor of the denominator."""
     warmup: int = 0
-    """Iterations over which all rates grow linearly from 0; 0: constant from the start."""
+    """Updates of a network over which its rates grow linearly from 0, each in its own turns; 0: constant."""
     clip: float | None = 10.0
     """Largest gradient norm of each network, beyond which the gradient is scaled down; null: no clipping."""
 

@@ -31,7 +31,7 @@ from students.errors import TmdError
 from students.method import Batch, Cost
 from students.settings import Layer, flatten
 
-HORIZON = 60
+HORIZON = 20_000
 """Iterations whose turns are looked at."""
 DRAWS = 8
 """Batches over which the cost of an iteration is averaged."""
@@ -97,6 +97,11 @@ def _networks(config: TrainConfig, parts: Parts) -> str:
     _require(
         not any(p.requires_grad for p in parts.base.transformer.parameters()),
         "the teacher has trainable weights; leave it frozen.",
+    )
+    held = [name for name, value in vars(parts.method).items() if value is parts.base.transformer]
+    _require(
+        held in ([], ["teacher"]),
+        f"the method keeps the teacher as {' and '.join(held)}; call it teacher, where the trainer looks for it.",
     )
     return f"networks: {', '.join(networks)}"
 

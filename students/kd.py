@@ -7,9 +7,13 @@ cached: all ranks share the work, and an interrupted run goes on where it stoppe
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +108,9 @@ class TrajectoryShards:
             self._shards = [safe_open(path, "pt") for path in _paths(folder, self.count, self.size)]
         except OSError as error:
             raise ConfigError(f"{folder} lost a shard of trajectories ({error}); delete {folder / INDEX}.") from None
+        noted = [(shard.metadata() or {}).get("seconds") for shard in self._shards]
+        self.setup_seconds = sum(map(float, noted)) if all(noted) else None  # type: ignore[arg-type]
+        """Seconds that the shards took to make, one after the other; None where an older version made them."""
 
     def __len__(self) -> int:
         return self.count
@@ -143,26 +150,40 @@ def open_trajectories(config: KDConfig, base: Base, pairs: Pairs, ranks: Ranks, 
     folder, source = _folder(config, base, pairs)
     if not (folder / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        size = source["shard"]
-        missing = [
-            (path, start)
-            for path, start in zip(
-                _paths(folder, config.trajectories, size), range(0, config.trajectories, size), strict=True
-            )
-            if not path.exists()
-        ]
-        ranks.barrier()  # all look before the first one writes, so that they share the work alike
-        mine = missing[ranks.rank :: ranks.world]
-
-        def make() -> None:
-            if mine and torch.is_autocast_enabled(base.device.type):  # half the memory, as the trainer keeps teachers
-                store_low(base.transformer)
-            for path, start in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not progress):
-                _write(path, _trajectories(config, base, pairs, range(start, min(start + size, config.trajectories))))
-
-        ranks.agree(make)
-        ranks.agree(lambda: _finish(folder, config, source) if ranks.main else None)
+        with _alone(folder) if ranks.world == 1 else contextlib.nullcontext():
+            if ranks.world > 1 or not (folder / INDEX).is_file():
+                _fill(folder, source, config, base, pairs, ranks, progress)
     return TrajectoryShards(folder, pairs, config.trajectory_seed)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder: another run of one process that wants the same trajectories waits for them to be made."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fill(
+    folder: Path, source: dict[str, Any], config: KDConfig, base: Base, pairs: Pairs, ranks: Ranks, progress: bool
+) -> None:
+    size = source["shard"]
+    starts = range(0, config.trajectories, size)
+    paths = _paths(folder, config.trajectories, size)
+    missing = [(path, start) for path, start in zip(paths, starts, strict=True) if not path.exists()]
+    ranks.barrier()  # all look before the first one writes, so that they share the work alike
+    mine = missing[ranks.rank :: ranks.world]
+
+    def make() -> None:
+        if mine and torch.is_autocast_enabled(base.device.type):  # half the memory, as the trainer keeps teachers
+            store_low(base.transformer)
+        for path, start in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not progress):
+            clock = time.perf_counter()
+            made = _trajectories(config, base, pairs, range(start, min(start + size, config.trajectories)))
+            _write(path, made, seconds=time.perf_counter() - clock)
+
+    ranks.agree(make)
+    ranks.agree(lambda: _finish(folder, config, source) if ranks.main else None)
 
 
 def _folder(config: KDConfig, base: Base, pairs: Pairs) -> tuple[Path, dict[str, Any]]:
@@ -218,10 +239,10 @@ def _trajectories(config: KDConfig, base: Base, pairs: Pairs, numbers: range) ->
     }
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], *, seconds: float) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, partial)
+        save_file(tensors, partial, metadata={"seconds": f"{seconds:.3f}"})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

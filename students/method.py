@@ -47,7 +47,11 @@ class Method(Protocol):
     """A distillation method as the trainer drives it; the negative prompt's embedding is given at construction."""
 
     networks: dict[str, nn.Module]
-    """Trainable networks by name, among "student", "fake_score" and "discriminator"; each gets its own optimiser."""
+    """Trainable networks by name, among "student", "fake_score" and "discriminator"; each gets its own optimiser.
+
+    A method that uses the teacher keeps it as ``teacher``: the trainer places what it finds there on the device, shards
+    it and stores it in low precision, and sends a teacher that it does not find to the CPU.
+    """
 
     def turn(self, iteration: int) -> tuple[str, ...]:
         """Name the networks that move at this iteration.
@@ -119,7 +123,9 @@ class MethodKind:
     config: type
     """Frozen dataclass of the settings: the section ``method`` of the YAML file."""
     build: Callable[[Any, WanTransformer3DModel, Tensor, Any], Method]
-    """(student, frozen teacher, embedding of the negative prompt (1, text_length, D), settings) -> the method."""
+    """(student, frozen teacher, embedding of the negative prompt (1, text_length, D), settings) -> the method. Networks
+    come before they are placed, also on the meta device (plans, sharding): make others from them by ``copy.deepcopy``
+    or with weights of their own, and do not read values."""
     sampling: Callable[[Any], dict[str, Any]]
     """Settings -> those fields of :class:`students.spec.StudentSpec` that say how the student is sampled: ``m``,
     ``sampler`` and ``gamma_outer`` or ``outer_grid``, with a flow head also ``n`` and ``gamma_inner``."""

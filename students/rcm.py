@@ -134,7 +134,7 @@ class RCMConfig:
     bf16_times: bool = False
     """The networks see 1000 tau rounded to bf16, in training and sampling, as in the release."""
     consistency: Literal["scm", "dcm"] = "scm"
-    """Consistency in continuous time, or (the warm-up stage) on a grid of discrete_steps."""
+    """Consistency in continuous time, or (the warm-up stage) over finite steps of 1 / discrete_steps."""
     consistency_weight: float = 100.0
     """Weight of the consistency loss; 0 leaves it out."""
     dmd_weight: float = 1.0
@@ -155,7 +155,7 @@ class RCMConfig:
     sigma_deviation: float = 1.6
     """Standard deviation of log sigma."""
     discrete_steps: int = 48
-    """Steps of dcm's grid."""
+    """One over the length of a teacher step of dcm, before the shift; times themselves are drawn continuously."""
     discrete_skip: int = 1
     """Teacher steps from a point to its target (dcm)."""
     gamma_discrete: float = 5.0

@@ -29,7 +29,8 @@ def prepare(out: Path, config: TrainConfig, resume: bool) -> None:
     """Refuse to overwrite or to mix runs, and write ``config.yaml``."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out is {out}, a file; name a folder.")
-    if out.is_dir() and any(out.iterdir()):
+    partial = out / ".config.yaml.partial"
+    if out.is_dir() and any(path != partial for path in out.iterdir()):  # a killed run may have left no more than that
         if not resume:
             raise ConfigError(
                 f"{out} is not empty: add --resume to go on with the run in it, or choose another folder with "
@@ -37,7 +38,6 @@ def prepare(out: Path, config: TrainConfig, resume: bool) -> None:
             )
         _check_same_run(out, config)
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / ".config.yaml.partial"
     try:
         partial.write_text(config.yaml(), encoding="utf-8")
         partial.replace(out / "config.yaml")

@@ -54,7 +54,7 @@ class StudentSpec:
     """
 
     method: str
-    """How it was trained, for example "tm_mf" (stage 1), "tmd" (stage 2), "dmd2v" or "rcm"."""
+    """How it was trained, for example "tm_mf" (stage 1), "tmd" (stage 2), "dmd2-v" or "rcm"."""
     m: int
     """M, outer steps it was trained for."""
     n: int | None = None

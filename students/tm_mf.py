@@ -37,7 +37,8 @@ class TMMFConfig:
     gamma_s: float = 3.0
     """Shift of the inner time s, at least 1."""
     matching_share: float = 0.75
-    """Share of the samples with r = s, which is plain transition matching, in [0, 1]."""
+    """Share of the samples with r = s, which is plain transition matching, in [0, 1]. At 1 the embedding of s - r stays
+    zero, so that u(y_s, s, r) = u(y_s, s, s)."""
     guidance: float = 3.0
     """Guidance scale w distilled into the student; 1 means none."""
     dropout: float = 0.1
@@ -297,6 +298,8 @@ class TMMF:
         """
         self.student, self.negative, self.config = student, negative, config
         self.networks: dict[str, nn.Module] = {"student": student}
+        if config.matching_share == 1:  # r = s alone would teach the embedding of s - r nothing about s - r > 0
+            student.interval_embedder.requires_grad_(False)
         self._figures: dict[str, Tensor] = {}
 
     def turn(self, iteration: int) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -128,6 +129,7 @@ class Run:
         self.micro, self.count = config.passes(ranks.data_world)
         self.optimisers = {name: optimiser(config, name, net) for name, net in self.method.networks.items()}
         self.rates = {name: [g["lr"] for g in opt.param_groups] for name, opt in self.optimisers.items()}
+        self.updates = Counter[str]()
         self.average = Average(parts.student, config.ema) if config.ema else None
         self.states = States(
             self.out, ranks, self.layout, networks=self.method.networks, optimisers=self.optimisers,
@@ -156,6 +158,7 @@ class Run:
         """
         record = self.states.load(path, self._check)
         self.iteration, self.seconds = record["iteration"], record["seconds"]
+        self.updates = Counter(name for i in range(1, self.iteration + 1) for name in self.method.turn(i))
 
     def _check(self, record: dict[str, Any]) -> None:
         for key, now in (("data_hash", self.data.hash), ("base_hash", self.parts.base.hash)):
@@ -244,10 +247,12 @@ class Run:
             figures[f"grad_norm/{name}"] = float(norm)
             if not torch.isfinite(norm):
                 self._refuse(f"gradient of {name} is not finite", iteration)
-        share = min(1.0, iteration / config.optimiser.warmup) if config.optimiser.warmup else 1.0
+        warmup = config.optimiser.warmup
         for name in turn:
+            self.updates[name] += 1
+            share = min(1.0, self.updates[name] / warmup) if warmup else 1.0
             for group, rate in zip(self.optimisers[name].param_groups, self.rates[name], strict=True):
-                group["lr"] = rate * share  # from the iteration alone, so that resuming needs no schedule's state
+                group["lr"] = rate * share
             self.optimisers[name].step()
         if self.average and "student" in turn:
             self.average.update(self.parts.student)
@@ -310,6 +315,9 @@ class Run:
             "device": self.ranks.device_name,
             "seconds": round(self.seconds, 1),
         }
+        made = getattr(self.data, "setup_seconds", None)  # what ``prepare`` made, in this run or an earlier one
+        if made is not None:
+            training["setup_seconds"] = round(made, 1)
         save_student(self.out / "checkpoint", student, student_spec(self.config, self.parts.base, training))
 
     def _preview(self, metrics: MetricLog | None) -> None:

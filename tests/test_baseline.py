@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,10 +230,30 @@ def test_trajectories_are_the_teachers_and_made_once(
     assert {path.name: path.stat().st_mtime_ns for path in (files[0], files[2])} == before
     torch.testing.assert_close(load_file(files[1])["points"], content)
     assert again.hash == shards.hash
+    assert shards.setup_seconds is not None and shards.setup_seconds > 0 and again.setup_seconds is not None
     monkeypatch.setattr("students.kd.sample_teacher", None)  # finished: the teacher does not run
     assert open_trajectories(config, base, pairs, Ranks("cpu"), False).hash == shards.hash
     with pytest.raises(TypeError):
         open_trajectories(replace(config, guidance=2.0), base, pairs, Ranks("cpu"), False)
+
+
+def test_two_runs_that_want_the_same_trajectories_make_them_once(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, pairs = pairs_of(world)
+    config = KDConfig(trajectories=4, teacher_steps=3, skip=3, guidance=1.0, cache=str(tmp_path))
+    calls: list[int] = []
+    whole = sample_teacher
+
+    def slow(*arguments: Any, **named: Any) -> Tensor:
+        calls.append(1)
+        time.sleep(0.3)  # long enough for the other one to come along
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr("students.kd.sample_teacher", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: open_trajectories(config, base, pairs, Ranks("cpu"), False), range(2))
+    assert first.hash == second.hash and len(calls) == 1
 
 
 def test_kd_loss_by_hand() -> None:
@@ -323,6 +345,39 @@ def test_rates_grow_over_the_warm_up(world: dict[str, Any], tmp_path: Path) -> N
         folder = train(make(world, tmp_path / str(warmup), optimiser__warmup=warmup, **settings), progress=False)
         moved.append((load_student(folder)[1].proj_out.weight - start).abs().max().item())
     assert moved[0] == pytest.approx(1e-3, rel=0.01) and moved[1] == pytest.approx(1e-5, rel=0.05)
+
+
+def test_every_network_warms_up_by_its_own_updates(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rCM: two iterations of the student, four of the critic, one of the student; stopped and resumed between."""
+    settings: dict[str, Any] = {
+        "method__name": "rcm", "method__guidance": 1.5, "method__tangent_warmup": 2, "method__derivative": "finite",
+        "optimiser__warmup": 4, "optimiser__lr": 1e-3, "optimiser__lr_fake_score": 1e-2,
+    }  # fmt: skip
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def note(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    train(make(world, tmp_path / "run", iterations=4, **settings), progress=False)
+    train(make(world, tmp_path / "run", iterations=7, **settings), resume=True, progress=False)
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.25e-2, 0.5e-2, 0.75e-2, 1e-2, 0.75e-3])
+
+
+def test_a_parent_of_other_steps_is_told(
+    world: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = {"iterations": 1, "method__guidance": 1.0, "student__h": 2, "method__n": 2}
+    first = train(make(world, tmp_path / "s1", method__name="tm_mf", method__m=2, **common), progress=False)
+    second = {"method__name": "tmd_stage2", "parent": str(first), **common}
+    train(make(world, tmp_path / "same", method__m=2, **second), progress=False)
+    assert "was trained with" not in caplog.text
+    train(make(world, tmp_path / "other", method__m=1, **second), progress=False)
+    assert "was trained with m = 2, this run has 1" in caplog.text
 
 
 def test_rcm_from_a_config_to_videos(world: dict[str, Any], tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def broken(how: str) -> Any:
             method.networks["fake_score"] = torch.nn.Linear(1, 1)
             weight = method.networks["fake_score"].weight
             method.losses = lambda *a: {"consistency": losses(*a)["consistency"] * weight.sum()}
+        if how == "hidden":
+            method.frozen = method.__dict__.pop("teacher")
         if how == "teacher":
             method.networks["fake_score"] = teacher.requires_grad_(True)
         if how == "name":
@@ -118,6 +120,7 @@ def broken(how: str) -> Any:
         ("nan", "loss term bad .* finite scalar"),
         ("critic", "reach fake_score, whose turn it is not"),
         ("teacher", "trains weights of the teacher itself"),
+        ("hidden", "keeps the teacher as frozen; call it teacher"),
         ("name", r'networks\["student"\] must be'),
         ("nobody", "nothing moves at iteration 1"),
         ("metrics", "names with floats"),

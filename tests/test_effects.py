@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -96,6 +98,23 @@ def test_metrics_of_a_set_take_the_prompts_from_the_scorers_interval():
     found = estimate(row)
     of_seeds = stats.t.ppf(0.975, 2) * np.std([10, 12, 11], ddof=1) / 3**0.5
     assert found.high - found.value == pytest.approx(np.hypot(of_seeds, 1.0), rel=1e-6)
+
+
+def test_rows_of_the_same_students_are_compared_seed_by_seed():
+    """Both rows sample the same three students: what training did to them, it did to both."""
+    rng = np.random.default_rng(5)
+    of_seed, hard = rng.normal(0, 1, (3, 1)), rng.normal(0, 0.3, (1, 60))
+    tables = [level + of_seed + hard + rng.normal(0, 0.05, (3, 60)) for level in (0.1, 0.0)]
+    apart = difference(*(scores(table) for table in tables))
+    same = difference(*(replace(scores(table), students=("a", "b", "c")) for table in tables))
+    assert apart.low < 0 < same.low < 0.1 < same.high < 0.2
+    known = stats.ttest_1samp((tables[0] - tables[1]).mean(axis=1), 0).confidence_interval()
+    assert same.degrees == 2 and same.low <= known.low and same.high >= known.high  # prompts come on top
+    other = replace(scores(tables[1]), students=("a", "b", "d"))
+    assert difference(replace(scores(tables[0]), students=("a", "b", "c")), other) == apart
+    whole = [Scores(values=t.mean(axis=1), ranges=np.array([[-1.0, 1.0]] * 3), prompts=None, students=("a", "b", "c"))
+             for t in tables]  # fmt: skip
+    assert difference(*whole).high - 0.1 == pytest.approx(2**0.5, abs=0.1)  # the scorer's intervals, unpaired
 
 
 def test_one_seed_has_the_scorers_interval_and_decides_nothing():

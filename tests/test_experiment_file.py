@@ -10,11 +10,14 @@ import pytest
 import yaml
 
 from students.errors import ConfigError
+from tmd_eval.experiment import plan
 from tmd_eval.experiment.budget import iterations_with_updates, iterations_within, student_updates
-from tmd_eval.experiment.cells import Cell, Resolver, Row, find
+from tmd_eval.experiment.cells import Cell, Resolver
+from tmd_eval.experiment.checks import load_experiment
 from tmd_eval.experiment.lines import load, read
 from tmd_eval.experiment.names import row_name
-from tmd_eval.experiment.schema import Experiment, Selector, load_experiment
+from tmd_eval.experiment.rows import Row, find
+from tmd_eval.experiment.schema import Experiment, Selector
 from tmd_eval.experiment.tuning import best_rank
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -150,26 +153,118 @@ def test_mistakes_of_form_of_names_and_of_settings_are_told_in_one_go(tmp_path: 
     found = problems(write(tmp_path, text))
     assert [row.partition(": ")[2][:40] for row in found] == [
         "unknown key evaluation.num_prompt; did y",
-        "unknown key method.rolout; did you mean ",
+        "stage stage2: unknown key method.rolout;",
         "unknown ablation x; there are no_rollout",
     ]
 
 
 def test_a_key_given_twice_and_a_file_that_is_no_yaml(tmp_path: Path):
     assert problems(write(tmp_path, SMALL + "title: Again\n"))[0].endswith("title is given twice; keep one.")
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        load_experiment(write(tmp_path, "a: [1"))
+    with pytest.raises(ConfigError, match=r"experiment.yaml:3: this is not valid YAML"):
+        load_experiment(write(tmp_path, "a: 1\nb: [1\n"))
     with pytest.raises(ConfigError, match="no experiment file"):
         load_experiment(tmp_path / "absent.yaml")
 
 
-def test_what_only_resolved_settings_show_is_told_with_the_line_of_the_cells(tmp_path: Path):
+def test_what_only_resolved_settings_show_is_told_with_the_line_that_brings_it_in(tmp_path: Path):
     text = SMALL.replace("method.rollout: false", "method.rolout: false").replace(
         "m: 2, n: 2, h: 2}\n  - name", "m: 2, n: 2, h: 12}\n  - name"
     )
+    text = text.replace("preset: micro_dmd2v.yaml", "preset: micro_dmd2w.yaml")
+    lines = text.splitlines()
+
+    def line(part: str) -> int:
+        return next(i for i, row in enumerate(lines, 1) if part in row)
+
     found = problems(write(tmp_path, text))
-    assert any("unknown key method.rolout; did you mean method.rollout?" in row for row in found)
-    assert any("H is 12" in row for row in found)
+    assert found[0].startswith(f"{line('dmd2w')}: stage distil: the preset micro_dmd2w.yaml does not exist")
+    assert found[1].startswith(
+        f"{line('rolout')}: stage stage2: unknown key method.rolout; did you mean method.rollout?"
+    )
+    assert found[2].startswith(f"{line('h: 12')}: stage stage1: ") and "H is 12" in found[2] and len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("student_updates: 7", "student_updates: -7", "student_updates must be at least 1"),
+        ("{student_updates: 7}", "{student_updates: 7, like: {method: tmd, n: 2, h: 2}}", "not both"),
+        ("title: Small", "title: Small\nbase: /nowhere", None),
+        ("method.trajectories: 2,", "seed: 5, method.trajectories: 2,", "seed is the runner's to set"),
+        ("method.trajectories: 2,", "method.m: 3, method.trajectories: 2,", "method.m is M of dmd2v, which cells give"),
+        ("method.rollout: false", "method.n: 4", "method.n is N of tmd, which cells give"),
+        ("kd: {methods: dmd2v, label: KD, add: kd}", "kd: {methods: dmd2v, label: KD}", "ablation kd changes nothing"),
+        ("label: KD, add: kd", "label: KD, sample: {n: 1}", "ablation kd samples with n, but dmd2v has no N"),
+        ("m: [1, 2]}", "m: []}", "m is an empty list"),
+        ("m: [1, 2]}", "m: [1, 0]}", "m must be at least 1, not 0"),
+        ("budgets: [updates, compute]\n", "budgets: []\n", "budgets is an empty list"),
+        ("name: Ablations", "name: Main", "two sections are called Main"),
+        ("title: Small", "title: Small\nevaluation: {metric: alignment_jiont}", "did you mean alignment_joint?"),
+        ("title: Small", "title: Small\nuntrained: [{m: [0, -2]}]", "m must be at least 1, not 0"),
+        ("title: Small", "title: Small\nuntrained: [{m: 1, guidance: -3}]", "guidance must be at least 1, not -3"),
+        ("title: Small", "title: Small\nevaluation: {samples_per_prompt: -1}", "must be at least 1, not -1"),
+    ],
+)
+def test_contradictions_and_values_out_of_range_are_refused(tmp_path: Path, old: str, new: str, told: str | None):
+    assert old in SMALL
+    path = write(tmp_path, SMALL.replace(old, new, 1))
+    if told is None:
+        with pytest.raises(ConfigError, match=r"experiment.yaml:2: There is no folder /nowhere"):
+            plan.load(path, tmp_path / "out")
+    else:
+        assert any(told in row for row in problems(path)), problems(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"metrics": ["alignment_joint", "frechett"]}, "did you mean frechet?"),
+        ({"metrics": []}, "metrics must name at least one"),
+        ({"num_prompts": -3}, "num_prompts must be at least 1, not -3"),
+        ({"seed": -1}, "seed must lie in 0 to 9999"),
+        ({"trials": {"dmd2v": [{}, {}], "tmd": [{}, {}]}}, "two trials of dmd2v are alike"),
+        ({"trials": {"dmd2v": [], "tmd": []}}, "every method needs at least one trial"),
+    ],
+)
+def test_a_tuning_that_says_nothing_is_refused(tmp_path: Path, part: dict[str, Any], told: str):
+    tuning = {"m": 2, "n": 2, "h": 2, "trials": {"dmd2v": [{}], "tmd": [{}]}, **part}
+    assert any(told in row for row in problems(write(tmp_path, tuning=tuning)))
+
+
+def test_claims_that_nobody_can_decide_are_refused(tmp_path: Path):
+    a, b = {"method": "tmd", "m": 2}, {"method": "dmd2v", "m": 2}
+    claim = {"claim": "TMD wins", "source": "us", "metric": "alignment_joint", "a": a, "b": b}
+    found = problems(write(tmp_path, claims=[claim, claim, {**claim, "claim": "other", "metric": "alignement"}]))
+    assert any("two claims say “TMD wins” by the same source" in row for row in found)
+    assert any("unknown metric alignement; did you mean alignment_" in row for row in found)
+    path = write(tmp_path, claims=[{**claim, "b": a}], evaluation={"num_prompts": 100_000})
+    with pytest.raises(ConfigError) as caught:
+        plan.load(path, tmp_path / "out")
+    assert "a and b are the same row" in str(caught.value)
+    assert "held-out captions number" in str(caught.value) and str(caught.value).count(str(path)) == 2
+
+
+def test_one_mistake_is_told_once(tmp_path: Path):
+    found = problems(write(tmp_path, SMALL.replace("  tmd:\n    label: TMD\n", "  tmd:\n    lable: TMD\n")))
+    assert [row.partition(": ")[2] for row in found] == [
+        "methods.tmd.label is missing.", "unknown key methods.tmd.lable; did you mean label?",
+    ]  # fmt: skip
+
+
+def test_no_section_no_budget_and_an_alias_of_itself(tmp_path: Path):
+    assert problems(write(tmp_path, sections=[])) and problems(write(tmp_path, budgets={}))
+    with pytest.raises(ConfigError, match="alias that contains itself"):
+        load_experiment(write(tmp_path, "title: &a [*a]\n"))
+
+
+def test_names_that_look_alike_in_folders_are_different_rows(tmp_path: Path):
+    rows = [Row(method="tmd", m=2, n=2, h=2, ablation=name) for name in (None, "качество", "скорость", "a b", "A-b")]
+    assert len({row.key for row in rows}) == 5 and len({row.slug for row in rows}) == 2
+
+
+def test_axes_win_over_the_settings_of_a_stage(tmp_path: Path):
+    plain = {(cell.row, cell.seed): [t.config.method.m for t in cell.trainings] for cell in cells(write(tmp_path))}
+    assert all(m == row.m for (row, _), found in plain.items() for m in found)
 
 
 def test_a_method_without_the_stage_it_needs_is_refused(tmp_path: Path):

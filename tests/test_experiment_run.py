@@ -30,6 +30,7 @@ from tmd_eval.experiment.run import Options, run
 from tmd_eval.experiment.runner import Progress, Runner
 from tmd_eval.experiment.table import cell_state, summary, text
 from tmd_eval.experiment.times import time_rows
+from tmd_eval.files import write_json
 
 STAGE1 = {
     "out": "runs/s1",
@@ -173,6 +174,9 @@ def test_the_report_states_rows_claims_and_the_command(world: Path, finished: Pa
     assert rows["TMD-N2H2, M = 2 (N = 1 at sampling)"]["effective_nfe"] == 2.0
     assert student["seeds"] == [0, 1] and student["student_updates"] == 1 and student["training_minutes"] >= 0
     assert student["metrics"]["alignment_color"]["n"] == 4
+    assert [run["seed"] for run in student["runs"]] == [0, 1] and all(
+        len(run["weights"]) == 64 for run in student["runs"]
+    )
     (claim,) = report["claims"]
     assert set(claim) >= {"claim", "source", "verdict", "effect", "low", "high", "n", "seeds"}
     assert claim["verdict"] in ("holds", "does not hold", "undecided") and (claim["n"], claim["seeds"]) == (2, 2)
@@ -208,6 +212,18 @@ def test_a_rerun_does_nothing(world: Path, copy: Path):
     assert outcome.made == 0 and changed(before, copy) == set()
     assert (copy / "report" / "index.html").stat().st_mtime_ns == page
     assert time.process_time() and time.perf_counter() - start < 60  # seconds on an idle core
+
+
+def test_a_report_that_shows_something_else_is_written_again(world: Path, copy: Path):
+    """As after a run that was killed before its report, or a cell that could not be made again."""
+    options, page = Options(file=world / "experiment.yaml", out=copy), copy / "report" / "index.html"
+    state = json.loads((copy / "report" / "report.json").read_text())["experiment"]["state"]
+    plan = load_plan(copy)
+    worker.note_failure(copy, plan.jobs[plan.cells[-1].jobs[-1]], "told elsewhere")  # cleared as the run begins
+    write_json(copy / "report" / "report.json", {"experiment": {"state": "of an older one"}})
+    before = page.stat().st_mtime_ns
+    assert run(options).made == 0 and page.stat().st_mtime_ns != before
+    assert json.loads((copy / "report" / "report.json").read_text())["experiment"]["state"] == state
 
 
 def test_deleting_any_one_cell_makes_exactly_that_cell_again(world: Path, copy: Path):
@@ -353,6 +369,7 @@ def test_json_outputs_are_frozen(world: Path, copy: Path):
         **dict.fromkeys(("claim", "source", "verdict", "metric", "direction", "a", "b", "reason", "note"), "text"),
         **dict.fromkeys(("effect", "low", "high", "n", "seeds"), "number"),
         "margin": "null",
+        "rows": "list",
     }
     assert call("run") == {
         **{"out": "text", "cells": "number", "jobs": "number", "made": "number", "report": "text"},
@@ -438,6 +455,13 @@ def test_real_workers_keep_failures_and_deaths_apart(tmp_path: Path):
         if "measure-killed" in progress.running and busy is not None:
             os.kill(busy.process.pid, signal.SIGKILL)
 
+    with Runner(tmp_path, command="test", workers=1) as runner:  # one that dies while it has nothing to do
+        runner.run([bogus("before")])
+        idle = runner.slots[0]
+        assert idle is not None
+        os.kill(idle.process.pid, signal.SIGKILL)
+        idle.process.join()
+        assert set(runner.run([bogus("next")]).failed) == {"measure-before", "measure-next"}
     with (
         store.job_lock(tmp_path, "measure-killed"),  # its worker waits for this lock until it is killed
         Runner(tmp_path, command="test", workers=1, show=show) as runner,

@@ -349,6 +349,25 @@ def test_training_lowers_the_error() -> None:
     assert after["tm_error"] < 0.5 * before["tm_error"] and after["mf_error"] < 0.9 * before["mf_error"]
 
 
+def test_transition_matching_alone_leaves_u_independent_of_r() -> None:
+    """With r = s in every sample nothing trains the embedding of s - r > 0, so it must stay zero."""
+    torch.manual_seed(0)
+    student = TMDStudent.from_teacher(tiny_transformer(), h=2)
+    x, text = torch.randn(4, *SHAPE, generator=seeded()), torch.randn(4, TEXT_LENGTH, TEXT_WIDTH, generator=seeded(1))
+    method = TMMF(student, text[:1] * 0, TMMFConfig(guidance=1.0, matching_share=1.0))
+    optimiser = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    for iteration in range(1, 4):
+        optimiser.zero_grad()
+        sum(method.losses(Batch(latents=x, text=text), iteration, seeded(iteration)).values()).backward()
+        optimiser.step()
+    s = torch.full((4,), 0.8, dtype=torch.float64)
+    with torch.no_grad():
+        features = student.backbone(x, s, text)
+        near, far = (student.average_velocity(x, s, r, features, y1=x, x_t=x, t=s) for r in (s, s * 0.1))
+    assert torch.equal(near, far)
+    assert "mf_error" not in method.metrics()
+
+
 @pytest.mark.parametrize("wrong", [{"m": 0}, {"n": 0}, {"delta": 0.0}, {"dropout": 1.5}, {"derivative": "jvp"}])
 def test_bad_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):

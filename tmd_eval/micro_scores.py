@@ -24,6 +24,7 @@ from tmd_eval.scores import merge_summary, write_rows
 from tmd_eval.video_set import VIDEOS, planned_videos, read_manifest
 
 ATTRIBUTES = ("color", "shape", "direction", "speed", "background", "count", "color2", "shape2", "relation", "joint")
+METRIC_VERSIONS = f"{JUDGE_VERSION}, {FRECHET_VERSION}, {DIVERSITY_VERSION}"
 MIN_FRECHET = 64  # clips; with fewer, 48 x 48 covariances say nothing
 RESAMPLES, SEED = 2000, 0
 

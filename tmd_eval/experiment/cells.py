@@ -7,10 +7,8 @@ setting never meets an old result.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -18,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from students.errors import ConfigError
 from tmd_eval.experiment.lines import Source
-from tmd_eval.experiment.schema import BASE, Ablation, Block, Changes, Experiment, Method, Section, Selector, Stage
+from tmd_eval.experiment.rows import Row, digest, rows_of
+from tmd_eval.experiment.schema import BASE, Ablation, Changes, Experiment, Method, Stage
 
 if TYPE_CHECKING:
     from students.config import TrainConfig
@@ -26,39 +25,6 @@ if TYPE_CHECKING:
 TEACHER_STEPS = 50
 SEED_STRIDE = 1000
 """Distance of the base seeds of two cells' videos; at most so many videos a prompt."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What cells of one row share."""
-
-    method: str
-    """A method's name, or ``BASE``."""
-    m: int
-    """M."""
-    n: int | None = None
-    """N."""
-    h: int | None = None
-    """H."""
-    ablation: str | None = None
-    """An ablation's name."""
-    budget: str | None = None
-    """A budget's name; None for the base model."""
-    guidance: float | None = None
-    """CFG scale of the base model, None for its own."""
-    trial: int | None = None
-    """Number of the trial of the tuning, from 0; None in the matrix."""
-
-    @property
-    def slug(self) -> str:
-        """A name for folders."""
-        parts = [self.method, f"m{self.m}"]
-        parts += [f"n{self.n}"] if self.n is not None else []
-        parts += [f"h{self.h}"] if self.h is not None else []
-        parts += [f"cfg{self.guidance:g}"] if self.guidance is not None else []
-        parts += [part for part in (self.ablation, self.budget) if part]
-        parts += [f"trial{self.trial}"] if self.trial is not None else []
-        return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")[:80]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +73,12 @@ class Cell:
         return (self.prompts if lines is None else len(lines)) * int(self.settings["samples_per_prompt"])
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+class _Blamed(ConfigError):
+    """A mistake that stands on another line than the cells that it spoils."""
+
+    def __init__(self, line: int, text: str):
+        super().__init__(text)
+        self.line = line
 
 
 class Resolver:
@@ -191,7 +160,7 @@ class Resolver:
         try:
             trainings = self._trainings(row, seed, changes, line)
         except ConfigError as error:
-            self.source.wrong(line, str(error).removeprefix("--set: "))
+            self.source.wrong(getattr(error, "line", line), str(error).removeprefix("--set: "))
             return []
         except KeyError:  # a name that leads nowhere, noted where it is given
             if not self.source.problems:
@@ -217,10 +186,15 @@ class Resolver:
         prompts = prompts or evaluation.num_prompts
         model = trainings[-1].key if trainings else self.base_hash
         decisive = {key: value for key, value in settings.items() if key != "batch_size"}
-        key = digest([model, evaluation.prompts, prompts, decisive])
+        key = digest([model, self._prompts(), prompts, decisive])
         return Cell(
             row=row, seed=seed, trainings=trainings, settings=settings, prompts=prompts, key=key, sections=(section,)
         )  # fmt: skip
+
+    def _prompts(self) -> str:
+        """What tells the prompts: "micro", or a file with the hash of its content."""
+        source = self.experiment.evaluation.prompts
+        return source if source == "micro" else f"{source} {_mark(Path(source))}"
 
     def _trainings(self, row: Row, seed: int, changes: Changes, line: int) -> tuple[Training, ...]:
         from tmd_eval.experiment.budget import iterations_with_updates, iterations_within
@@ -250,24 +224,41 @@ class Resolver:
             raise ConfigError(f"{row.method} at M = {row.m} has no stage left.")
         made: list[Training] = []
         for stage in stages:
-            explicit = {**stage.set, **_changed(changes, stage), **(_changed(ablation, stage) if ablation else {})}
             axes = method.axes if stage.axes is None else stage.axes
-            flags = {"base": self.experiment.base, "seed": seed, "out": "-", **stage.set}
-            flags |= {setting: getattr(row, axis) for axis, setting in axes.items()}
-            flags |= explicit
-            if made:
-                flags["parent"] = "-"
-            config = self._config(stage, flags)
-            config.check_base(self.blocks)
-            self._check_stage(stage, config, made, explicit)
+            layers: list[tuple[int, Mapping[str, Any]]] = [
+                (
+                    stage.line,
+                    {"base": self.experiment.base, "seed": seed, "out": "-"} | ({"parent": "-"} if made else {}),
+                ),
+                (stage.line, {**stage.set} | ({"parent": "-"} if made else {})),
+                (line, {setting: getattr(row, axis) for axis, setting in axes.items()}),
+                (changes.line or line, _changed(changes, stage)),
+                (ablation.line if ablation else line, _changed(ablation, stage) if ablation else {}),
+            ]
+            config = self._resolved(stage, layers)
+            self._check_stage(stage, config, made)
             if ablation is None:
                 self._check_data(stage, config)
             made.append(self._training(stage.name, stage.preset, config, made[-1].key if made else None))
         return made
 
-    def _check_stage(self, stage: Stage, config: TrainConfig, made: list[Training], explicit: dict[str, Any]) -> None:
+    def _resolved(self, stage: Stage, layers: Sequence[tuple[int, Mapping[str, Any]]]) -> TrainConfig:
+        """The settings of all layers together; where they do not fit, the first layer to break them is blamed."""
+        try:
+            config = self._config(stage, _together(layers))
+            config.check_base(self.blocks)
+            return config
+        except ConfigError as error:
+            for count in range(1, len(layers) + 1):
+                try:
+                    self._config(stage, _together(layers[:count])).check_base(self.blocks)
+                except ConfigError as first:
+                    raise _Blamed(layers[count - 1][0], f"stage {stage.name}: {first}".replace("--set: ", "")) from None
+            raise error
+
+    def _check_stage(self, stage: Stage, config: TrainConfig, made: list[Training]) -> None:
         kinds = config.kind.parents
-        if not made and "parent" not in explicit and (config.parent is not None or kinds):
+        if not made and "parent" not in stage.set and (config.parent is not None or kinds):
             needs = f" by {' or '.join(kinds)}" if kinds else ""
             raise ConfigError(
                 f"stage {stage.name} ({stage.preset}) starts from a student trained{needs}, but no stage comes "
@@ -301,10 +292,11 @@ class Resolver:
         shipped = Path(str(resources.files("tmd_eval") / "presets" / stage.preset))
         found = next((path for path in (beside, shipped) if path.is_file()), None)
         if found is None:
-            raise ConfigError(f"stage {stage.name} names the preset {stage.preset}, which does not exist.")
+            raise ConfigError(f"the preset {stage.preset} does not exist.")
         return found
 
     def _training(self, stage: str, preset: str, config: TrainConfig, parent: str | None) -> Training:
+        from students.data import INDEX
         from students.run_folder import FREE_ON_RESUME
         from students.settings import flatten
         from students.weights import file_hash
@@ -318,7 +310,10 @@ class Resolver:
             outside = file_hash(record)
         else:
             outside = None
-        key = digest([settings, parent or outside, self.base_hash])
+        decisive = [settings, parent or outside, self.base_hash]
+        if config.data.folder:
+            decisive.append(_mark(Path(config.data.folder) / INDEX))
+        key = digest(decisive)
         return Training(stage=stage, preset=preset, config=config, parent=parent, key=key)
 
 
@@ -332,40 +327,15 @@ def stages_of(method: Method, row: Row, ablation: Ablation | None) -> list[Stage
     ]
 
 
-def rows_of(experiment: Experiment, section: Section) -> Iterator[tuple[Row, int]]:
-    """The rows of a section, each with the line that asks for it; one budget after the other, as they are then run."""
-    for budget in section.budgets or (experiment.first_budget,):
-        for block in section.cells:
-            for ablation in block.ablations:
-                for row in _block_rows(block, experiment.methods):
-                    yield replace(row, ablation=ablation, budget=budget), block.line
+def _mark(path: Path) -> str | None:
+    """Hash of a file, None where it is missing (which is told when it is read)."""
+    from students.weights import file_hash
+
+    return file_hash(path) if path.is_file() else None
 
 
-def _block_rows(block: Block, methods: Mapping[str, Method]) -> Iterator[Row]:
-    for method in (name for name in block.methods if name in methods):
-        for m in block.m:
-            for n in block.n or (None,):
-                for h in block.h or (None,):
-                    axes = methods[method].axes
-                    yield Row(method=method, m=m, n=n if "n" in axes else None, h=h if "h" in axes else None)
-
-
-def find(selector: Selector, rows: Mapping[Row, Any], experiment: Experiment) -> Row:
-    """The one row that a claim names.
-
-    Raises:
-        ConfigError: none, or several.
-    """
-    budget = None if selector.method == BASE else selector.budget or experiment.first_budget
-    wanted = {"method": selector.method, "m": selector.m, "ablation": selector.ablation, "budget": budget}
-    wanted |= {axis: getattr(selector, axis) for axis in ("n", "h") if getattr(selector, axis) is not None}
-    found = [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
-    shown = ", ".join(f"{name}: {value}" for name, value in wanted.items() if value is not None)
-    if not found:
-        raise ConfigError(f"no cell of the matrix is {{{shown}}}.")
-    if len(found) > 1:
-        raise ConfigError(f"{{{shown}}} fits {len(found)} rows ({', '.join(row.slug for row in found[:4])}); say more.")
-    return found[0]
+def _together(layers: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    return {name: value for _, layer in layers for name, value in layer.items()}
 
 
 def _changed(changes: Changes, stage: Stage) -> dict[str, Any]:

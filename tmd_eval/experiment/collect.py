@@ -18,10 +18,11 @@ from leaderboard.matrix import Matrix, MatrixClaim, MatrixRow, StepTime, Trials
 from students.errors import ConfigError
 from tmd_eval.experiment import jobs as store
 from tmd_eval.experiment.budget import student_updates
-from tmd_eval.experiment.cells import Cell, Row, find
+from tmd_eval.experiment.cells import Cell
 from tmd_eval.experiment.jobs import Job, Plan
 from tmd_eval.experiment.names import budget_name, role, row_name
 from tmd_eval.experiment.plan import Loaded, finished_cells, training_name
+from tmd_eval.experiment.rows import Row, digest, find
 from tmd_eval.experiment.schema import BASE, Changes
 from tmd_eval.experiment.times import read_times
 from tmd_eval.experiment.tuning import read_trials
@@ -53,7 +54,11 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
     matrix = Matrix(
         title=experiment.title,
         command=command,
-        experiment={"file": str(loaded.source.path), "sha256": store.file_mark(loaded.source.path)},
+        experiment={
+            "file": str(loaded.source.path),
+            "sha256": store.file_mark(loaded.source.path),
+            "state": state(loaded, plan, out),
+        },
         code_revision=", ".join(sorted({str(config.get("code_revision")) for config in configs})),
         device=", ".join(sorted({str(config.get("device")) for config in configs})),
         packages=package_versions(),
@@ -75,6 +80,15 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
     return replace(matrix, rows=tuple(replace(row, pools=matrix.pools) for row in rows))
 
 
+def state(loaded: Loaded, plan: Plan, out: Path) -> str:
+    """What tells everything that a report shows: the file, scores, failures and times."""
+    scored = [store.read_json(out / "cells" / cell.name / "scored.json") for cell in finished_cells(loaded, plan, out)]
+    failures = [store.failure(out, job) for job in plan.jobs.values()]
+    steps = [store.file_mark(store.folder(out, job)) for job in plan.jobs.values() if job.kind == "measure"]
+    cells = [cell.name for cell in plan.cells]
+    return digest([store.file_mark(loaded.source.path), cells, scored, failures, steps, read_times(out)])
+
+
 def write(matrix: Matrix, folder: Path) -> Path:
     """Write the report folder; the path of its index.html."""
     from leaderboard.matrix_report import build_matrix_report
@@ -82,15 +96,11 @@ def write(matrix: Matrix, folder: Path) -> Path:
     return build_matrix_report(matrix, folder)
 
 
-def key_of(row: Row) -> str:
-    """A row's name within the matrix."""
-    return row.slug
-
-
 def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: Mapping[str, Any]) -> MatrixRow:
     experiment, row = loaded.experiment, cells[0].row
     runs = tuple(out / "cells" / cell.name for cell in cells)
-    checkpoint = _yaml(runs[0] / "config.yaml").get("checkpoint", {})
+    configs = [_yaml(run / "config.yaml").get("checkpoint", {}) for run in runs]
+    checkpoint, weights = configs[0], tuple(str(config.get("hash")) for config in configs)
     summaries = [store.read_json(run / "scores" / "summary.json") or {} for run in runs]
     names = set.intersection(*(set(summary) for summary in summaries))
     trained = row.method != BASE
@@ -101,7 +111,7 @@ def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: 
     trainings = cells[0].trainings
     label = experiment.ablations[row.ablation].label if row.ablation else None
     return MatrixRow(
-        key=key_of(row),
+        key=row.key,
         name=row_name(experiment, row, budget=False),
         sections=cells[0].sections,
         budget=None if row.budget is None else budget_name(experiment, row.budget),
@@ -111,7 +121,7 @@ def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: 
         n=checkpoint.get("n"),
         h=checkpoint.get("h"),
         ablation=label,
-        baseline=key_of(replace(row, ablation=None)) if row.ablation else None,
+        baseline=replace(row, ablation=None).key if row.ablation else None,
         effective_nfe=checkpoint.get("effective_nfe"),
         forward_passes=checkpoint.get("forward_passes"),
         seconds_per_video=timed["median"],
@@ -125,20 +135,22 @@ def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: 
         seeds=tuple(cell.seed for cell in cells),
         planned_seeds=planned,
         videos=sum(cell.videos for cell in cells),
-        scores={name: _scores(name, runs, summaries, trained) for name in names},
+        scores={name: _scores(name, runs, summaries, weights if trained else ()) for name in names},
         counts={name: sum(int(summary[name]["n"]) for summary in summaries) for name in names},
         runs=runs,
+        weights=weights,
         blocks=loaded.base.blocks,
     )
 
 
-def _scores(name: str, runs: Sequence[Path], summaries: Sequence[dict[str, Any]], trained: bool) -> Scores:
+def _scores(name: str, runs: Sequence[Path], summaries: Sequence[dict[str, Any]], students: tuple[str, ...]) -> Scores:
     entries = [summary[name] for summary in summaries]
     return Scores(
         values=np.array([entry["value"] for entry in entries]),
         ranges=np.array([[entry["low"], entry["high"]] for entry in entries]),
         prompts=_prompt_table(name, runs),
-        trained=trained,
+        trained=bool(students),
+        students=students,
     )
 
 
@@ -168,7 +180,10 @@ def _minutes(out: Path, cells: Sequence[Cell]) -> float | None:
             record = store.read_json(out / "train" / training_name(training) / "checkpoint" / "student.json")
             if record is None:
                 return None
-            seconds += float(record["training"].get("seconds", 0.0))
+            training_record = record["training"]
+            if training.config.kind.setup_cost is not None and "setup_seconds" not in training_record:
+                return None  # an older run, which did not time what it made first
+            seconds += float(training_record.get("seconds", 0.0)) + float(training_record.get("setup_seconds", 0.0))
         totals.append(seconds / 60)
     return statistics.mean(totals)
 
@@ -185,7 +200,7 @@ def _claims(loaded: Loaded) -> tuple[MatrixClaim, ...]:
         found.append(
             MatrixClaim(
                 claim=claim.claim, source=claim.source, metric=claim.metric, direction=claim.direction,
-                margin=claim.margin, a=key_of(a), b=key_of(b),
+                margin=claim.margin, a=a.key, b=b.key,
                 names=(row_name(experiment, a), row_name(experiment, b)), note=claim.note,
             )
         )  # fmt: skip

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from students.nfe import branches, effective_nfe
-from tmd_eval.experiment.cells import Cell, Training, digest
+from students.run_folder import FREE_ON_RESUME
+from students.settings import flatten
+from tmd_eval.experiment.cells import Cell, Training
 from tmd_eval.experiment.jobs import Job, folder, read_json
+from tmd_eval.experiment.rows import digest
 
 if TYPE_CHECKING:
     from students.base import Base
@@ -69,8 +72,15 @@ class Estimator:
 
 
 def _training_job(training: Training, base: Base) -> Job:
+    """The measurement of a preset, by the first training that uses it; rates and seeds do not change its time."""
     config = training.config
-    key = digest([training.preset, config.method_name, config.batch, base.hash])
+    free = FREE_ON_RESUME | {"seed", "parent"}
+    settings = {
+        name: value
+        for name, value in flatten(config.tree()).items()
+        if name not in free and not name.startswith("optimiser.")
+    }
+    key = digest([training.preset, settings, base.hash])
     stem = Path(training.preset).stem
     spec = {"what": "training", "config": config.tree(), "preset": training.preset}
     return Job(kind="measure", name=f"{stem}-{key[:12]}", spec=spec)

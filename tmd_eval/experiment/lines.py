@@ -68,17 +68,25 @@ def load(path: Path) -> Source:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise _no_yaml(path, error) from None
     try:
         root = loader.get_single_node()
         source.tree = None if root is None else _plain(source, loader, root, ())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise _no_yaml(path, error) from None
+    except RecursionError:
+        raise ConfigError(f"{path} holds an alias that contains itself; write the part out.") from None
     finally:
         loader.dispose()
     if not isinstance(source.tree, dict):
         raise ConfigError(f"{path} must hold `name: value` lines; see examples/micro_matrix.yaml.")
     return source
+
+
+def _no_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or " ".join(str(error).split())
+    return ConfigError(f"{path}:{mark.line + 1 if mark else 1}: this is not valid YAML: {what}.")
 
 
 def _plain(source: Source, loader: yaml.SafeLoader, node: yaml.Node, place: Place) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tmd_eval.experiment.cells import TEACHER_STEPS, Row
+from tmd_eval.experiment.cells import TEACHER_STEPS
+from tmd_eval.experiment.rows import Row
 from tmd_eval.experiment.schema import BASE, Experiment
 
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from students.errors import ConfigError
 from tmd_eval.experiment import jobs as store
-from tmd_eval.experiment.cells import Cell, Resolver, Training, digest, find
+from tmd_eval.experiment.cells import Cell, Resolver, Training
+from tmd_eval.experiment.checks import load_experiment
 from tmd_eval.experiment.estimate import Estimator
 from tmd_eval.experiment.jobs import Job, Plan, PlannedCell
 from tmd_eval.experiment.lines import Source
-from tmd_eval.experiment.schema import Changes, Experiment, load_experiment
+from tmd_eval.experiment.rows import digest, find
+from tmd_eval.experiment.schema import Changes, Experiment
 from tmd_eval.experiment.tuning import choose, read_trials
 from tmd_eval.files import write_json
 
@@ -49,11 +51,8 @@ def load(path: Path, out: Path) -> Loaded:
         ConfigError: every mistake of the file at once, each with its line.
         EnvironmentMissingError: the base model's weights are not here.
     """
-    from students.base import load_base
-    from tmd_eval.prompts import load_prompts
-
     experiment, source = load_experiment(path)
-    base = load_base(experiment.base)
+    base = _base(experiment, source)
     resolver = Resolver(experiment, source, blocks=base.blocks, base_hash=base.hash)
     trials = resolver.trials()
     sound = experiment.tuning is not None and not source.problems
@@ -64,21 +63,43 @@ def load(path: Path, out: Path) -> Loaded:
     rows = dict.fromkeys(cell.row for cell in cells)
     if not source.problems:  # a row that could not be resolved would be missed by the claims, too
         for claim in experiment.claims:
+            found = []
             for selector in (claim.a, claim.b):
                 try:
-                    find(selector, rows, experiment)
+                    found.append(find(selector, rows, experiment))
                 except ConfigError as error:
                     source.wrong(selector.line, str(error))
-    if experiment.evaluation.prompts != "micro":  # which says itself when it has too few
-        most = max((cell.prompts for cell in (*trials, *cells)), default=0)
-        there = len(load_prompts(experiment.evaluation.prompts).prompts)
-        if most > there:
-            source.wrong(source.line(("evaluation",)), f"{most} prompts are needed, but there are {there}.")
+            if len(found) == 2 and found[0] == found[1]:
+                source.wrong(claim.line, "a and b are the same row.")
+    _check_prompts(experiment, source, max((cell.prompts for cell in (*trials, *cells)), default=1))
     source.check()
     return Loaded(
         experiment=experiment, source=source, base=base, trials=trials, cells=cells,
         tuned=chosen, waiting=tuple(name for name in first if name not in chosen),
     )  # fmt: skip
+
+
+def _base(experiment: Experiment, source: Source) -> Base:
+    from students.base import load_base
+
+    try:
+        return load_base(experiment.base)
+    except ConfigError as error:
+        source.wrong(source.line(("base",)), str(error))
+        source.check()
+        raise
+
+
+def _check_prompts(experiment: Experiment, source: Source, most: int) -> None:
+    from tmd_eval.prompts import load_prompts
+
+    try:
+        there = len(load_prompts(experiment.evaluation.prompts, count=most).prompts)
+    except ConfigError as error:
+        source.wrong(source.line(("evaluation", "prompts")), str(error))
+        return
+    if most > there:
+        source.wrong(source.line(("evaluation",)), f"{most} prompts are needed, but there are {there}.")
 
 
 def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None) -> Plan:
@@ -132,9 +153,7 @@ def _training_jobs(cell: Cell, loaded: Loaded) -> list[Job]:
 
 
 def _cell_jobs(cell: Cell, loaded: Loaded) -> tuple[Job, Job]:
-    from tmd_eval.micro_diversity import METRIC_VERSION as DIVERSITY_VERSION
-    from tmd_eval.micro_fidelity import METRIC_VERSION as FRECHET_VERSION
-    from tmd_eval.micro_judges import METRIC_VERSION as JUDGE_VERSION
+    from tmd_eval.micro_scores import METRIC_VERSIONS
 
     last = cell.trainings[-1] if cell.trainings else None
     spec = {
@@ -145,7 +164,7 @@ def _cell_jobs(cell: Cell, loaded: Loaded) -> tuple[Job, Job]:
         "count": cell.prompts,
         "settings": cell.settings,
         "videos": cell.videos,
-        "metrics": f"{JUDGE_VERSION}, {FRECHET_VERSION}, {DIVERSITY_VERSION}",
+        "metrics": METRIC_VERSIONS,
         "row": asdict(cell.row),
     }
     after = (f"train-{training_name(last)}",) if last else ()

@@ -99,7 +99,7 @@ def run(options: Options) -> Outcome:
             report = None
         else:
             _record(out, loaded, plan)
-            report = _report(options, loaded, plan, changed=bool(progress.finished))
+            report = _report(options, loaded, plan)
     outcome = Outcome(plan=plan, progress=progress, made=len(progress.finished), report=report)
     _complain(options, outcome)
     return outcome
@@ -195,13 +195,13 @@ def _record_claims(options: Options, page: Path) -> None:
     record_claims(f"sqlite:///{options.out / 'tmd-eval.db'}", page.parent, name=options.file.stem)
 
 
-def _report(options: Options, loaded: Loaded, plan: Plan, *, changed: bool) -> Path | None:
-    from tmd_eval.experiment.collect import collect, write
+def _report(options: Options, loaded: Loaded, plan: Plan) -> Path | None:
+    """Write the report, unless the one that is there shows the same."""
+    from tmd_eval.experiment.collect import collect, state, write
 
     page = options.out / "report" / "index.html"
     old = store.read_json(page.parent / "report.json")
-    same = old is not None and old.get("experiment", {}).get("sha256") == store.file_mark(options.file)
-    if page.is_file() and same and not changed:
+    if page.is_file() and old and old.get("experiment", {}).get("state") == state(loaded, plan, options.out):
         return page
     content = collect(loaded, plan, options.out, command=options.command)
     if not content.rows:

@@ -115,9 +115,13 @@ class Runner:
                 return
             worker = worker or self._new(slot)
             store.failed_file(self.out, ready).unlink(missing_ok=True)
+            try:
+                worker.pipe.send(ready)
+            except OSError:  # it died while it had nothing to do
+                worker = self._new(slot)
+                worker.pipe.send(ready)
             worker.job, worker.since = pending.pop(ready.id), time.monotonic()
             self.progress.running[ready.id] = worker.since
-            worker.pipe.send(ready)
 
     def _new(self, slot: int) -> Worker:
         ours, theirs = self._context.Pipe()
@@ -185,7 +189,7 @@ class Runner:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a wish to stop; the next acts as it did before."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP (a lost terminal) into a wish to stop; the next acts as before."""
     wish = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield wish
@@ -197,7 +201,10 @@ def _stop_signals() -> Iterator[threading.Event]:
         for other, handler in before.items():
             signal.signal(other, handler)
 
-    before |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    before |= {number: signal.signal(number, note) for number in numbers}
     try:
         yield wish
     finally:

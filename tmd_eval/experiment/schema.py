@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from students.errors import ConfigError
-from tmd_eval.experiment.lines import Source, load, read
 
 BASE = "base"
 """Method name, in cells and claims, of the base model itself, sampled without training."""
+SEEDS = 10_000
+"""Seeds of trainings lie below."""
 AXES = {"m": "method.m", "n": "method.n", "h": "student.h"}
 
 
@@ -30,8 +31,7 @@ class Evaluation:
     """Headline metric."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "samples_per_prompt", "batch_size"):
-            _require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1, not {getattr(self, name)}.")
+        _positive(self, "num_prompts", "samples_per_prompt", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,8 @@ class Selector:
     """An ablation's name; none: the method as it is."""
     budget: str | None = None
     """A budget's name; none: the first."""
+    guidance: float | None = None
+    """CFG scale of the base model, where it stands there with several."""
     line: int = 0
 
 
@@ -179,6 +181,12 @@ class Tuning:
     """Budget of a trial; none: the first."""
     line: int = 0
 
+    def __post_init__(self) -> None:
+        _positive(self, "m", "n", "h", "num_prompts", "samples_per_prompt")
+        _require(0 <= self.seed < SEEDS, f"seed must lie in 0 to {SEEDS - 1}, not {self.seed}.")
+        _require(bool(self.metrics), "metrics must name at least one.")
+        _require(all(self.trials.values()), "every method needs at least one trial.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Untrained:
@@ -191,6 +199,10 @@ class Untrained:
     samples_per_prompt: int | None = None
     """Videos a caption; none: as evaluation says."""
     line: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "m", "samples_per_prompt")
+        _require(self.guidance is None or self.guidance >= 1, f"guidance must be at least 1, not {self.guidance}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +220,11 @@ class Block:
     ablations: tuple[str | None, ...] = (None,)
     """Ablations; null is the method as it is."""
     line: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "m", "n", "h")
+        for name in ("methods", "m", "n", "h", "ablations"):
+            _require(getattr(self, name) != (), f"{name} is an empty list; name at least one, or leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +244,9 @@ class Section:
     def __post_init__(self) -> None:
         _require(len(set(self.seeds)) == len(self.seeds), f"seeds {list(self.seeds)} repeat.")
         _require(bool(self.seeds), "seeds must name at least one.")
-        _require(all(0 <= seed < 10_000 for seed in self.seeds), "seeds lie in 0 to 9999.")
+        _require(all(0 <= seed < SEEDS for seed in self.seeds), f"seeds lie in 0 to {SEEDS - 1}.")
+        _require(bool(self.cells), "cells must hold at least one line.")
+        _require(self.budgets != (), "budgets is an empty list; name at least one, or leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +273,8 @@ class Claim:
 
     def __post_init__(self) -> None:
         if self.direction == "same":
-            _require(self.margin is not None and self.margin > 0, "direction same needs a margin above 0.")
+            fit = self.margin is not None and 0 < self.margin < math.inf
+            _require(fit, "direction same needs a margin above 0.")
         else:
             _require(self.margin is None, f"a margin belongs to direction same, not to {self.direction}.")
 
@@ -296,97 +316,14 @@ class Experiment:
         return next(iter(self.budgets))
 
 
-def load_experiment(path: Path) -> tuple[Experiment, Source]:
-    """Read an experiment file and note all mistakes that show without a model; the caller raises them (``check``).
-
-    Raises:
-        ConfigError: mistakes that leave nothing to go on with, each with its line.
-    """
-    source = load(path)
-    experiment = read(Experiment, source)
-    if experiment is None:
-        source.check()
-    assert experiment is not None
-    _check(experiment, source)
-    return experiment, source
-
-
-def _check(experiment: Experiment, source: Source) -> None:
-    """Names that lead nowhere and settings that contradict each other."""
-    methods, budgets = experiment.methods, experiment.budgets
-
-    def known(name: str, among: dict[str, Any], what: str, line: int) -> bool:
-        if name not in among:
-            there = f"there are {', '.join(among)}." if among else "there are none."
-            source.wrong(line, f"unknown {what} {name}; {there}")
-        return name in among
-
-    if not budgets:
-        source.wrong(experiment.line, "budgets must hold at least one, or be left out.")
-        return
-    if BASE in methods:
-        source.wrong(methods[BASE].line, f"{BASE} is the name of the untrained base model; rename the method.")
-    for name, ablation in experiment.ablations.items():
-        for method in ablation.methods:
-            if known(method, methods, "method", ablation.line):
-                stages = {stage.name: stage for stage in methods[method].stages}
-                for stage in (*ablation.stages, *ablation.drop, *ablation.add):
-                    known(stage, stages, f"stage (of {method}, ablation {name})", ablation.line)
-    for budget in budgets.values():
-        if budget.like is not None:
-            known(budget.like.method, methods, "method", budget.like.line)
-            reference = budgets.get(budget.of or experiment.first_budget)
-            if reference is None or reference.like is not None:
-                source.wrong(budget.line, "`of` must name a budget that is not itself `like` another.")
-    if experiment.tuning is not None:
-        _check_tuning(experiment, experiment.tuning, source, known)
-    for section in experiment.sections:
-        for name in section.budgets or ():
-            known(name, budgets, "budget", section.line)
-        for block in section.cells:
-            for method in block.methods:
-                if known(method, methods, "method", block.line):
-                    _check_axes(methods[method], method, block, source)
-                for ablation_name in block.ablations:
-                    if ablation_name is not None and known(ablation_name, experiment.ablations, "ablation", block.line):
-                        allowed = experiment.ablations[ablation_name].methods
-                        if method not in allowed:
-                            text = f"ablation {ablation_name} is for {', '.join(allowed)}, not for {method}."
-                            source.wrong(block.line, text)
-
-
-def _check_tuning(experiment: Experiment, tuning: Tuning, source: Source, known: Any) -> None:
-    if tuning.budget is not None:
-        known(tuning.budget, experiment.budgets, "budget", tuning.line)
-    counts = {}
-    for method, trials in tuning.trials.items():
-        line = trials[0].line if trials else tuning.line
-        if known(method, experiment.methods, "method", line):
-            stages = {stage.name: stage for stage in experiment.methods[method].stages}
-            for trial in trials:
-                for stage in trial.stages:
-                    known(stage, stages, f"stage (of {method})", trial.line)
-        counts[method] = len(trials)
-    if len(set(counts.values())) > 1:
-        shown = ", ".join(f"{method} {count}" for method, count in counts.items())
-        source.wrong(tuning.line, f"every method must get as many trials, not {shown}.")
-    used = {method for section in experiment.sections for block in section.cells for method in block.methods}
-    for method in sorted(used - set(counts)):
-        source.wrong(tuning.line, f"method {method} has cells but no trials; tune every method, or none.")
-    seeds = {seed for section in experiment.sections for seed in section.seeds}
-    if tuning.seed in seeds:
-        source.wrong(tuning.line, f"seed {tuning.seed} of the tuning is also a cell's; choose another.")
-
-
-def _check_axes(method: Method, name: str, block: Block, source: Source) -> None:
-    for axis in ("n", "h"):
-        given, has = getattr(block, axis) is not None, axis in method.axes
-        if given and not has:
-            source.wrong(block.line, f"{name} has no {axis.upper()}; put it in cells of its own.")
-        if has and not given:
-            source.wrong(block.line, f"{name} needs {axis.upper()}; give {axis}.")
-
-
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def _positive(part: Any, *names: str) -> None:
+    """Refuse numbers below 1; None and lists are fine."""
+    for name in names:
+        value = getattr(part, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            _require(number is None or number >= 1, f"{name} must be at least 1, not {number}.")

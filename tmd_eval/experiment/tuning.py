@@ -25,10 +25,13 @@ class Trial:
 
 def read_trials(out: Path, cells: Sequence[Cell]) -> list[Trial]:
     """The trials as they lie in a run's folder."""
+    from tmd_eval.micro_scores import METRIC_VERSIONS
+
     found = []
     for cell in cells:
         folder = out / "cells" / cell.name
-        summary = read_json(folder / "scores" / "summary.json") if (folder / "scored.json").is_file() else None
+        scored = (read_json(folder / "scored.json") or {}).get("metrics") == METRIC_VERSIONS
+        summary = read_json(folder / "scores" / "summary.json") if scored else None
         metrics = None if summary is None else {name: float(entry["value"]) for name, entry in summary.items()}
         reasons = sorted((out / "logs").glob(f"*-{cell.name}.failed"))
         for training in cell.trainings:

@@ -31,12 +31,13 @@ def serve(pipe: Connection, out: Path, command: str, gpu: int | None) -> None:
         pipe: to the runner.
         out: folder of the run.
         command: command line that run folders record.
-        gpu: number of the GPU this process may see, None for one thread of the CPU.
+        gpu: number, among those that the runner sees, of the GPU this process may see; None for one thread of the CPU.
     """
     os.setsid()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        ours = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ours[gpu] if gpu < len(ours) else str(gpu)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
 
@@ -93,8 +94,9 @@ def _train(out: Path, job: Job, command: str) -> None:
 
     config = resolve([Layer("experiment", flatten(job.spec["config"]))])
     parent = job.spec["parent"]
+    place = out.resolve()  # a resumed training must not be told apart by the spelling of its parent
     config = replace(
-        config, out=str(store.folder(out, job)), parent=config.parent if parent is None else str(out / parent)
+        config, out=str(store.folder(place, job)), parent=config.parent if parent is None else str(place / parent)
     )
     train(config, resume=True)
 
