@@ -110,6 +110,9 @@ def test_rows_of_the_same_students_are_compared_seed_by_seed():
     assert apart.low < 0 < same.low < 0.1 < same.high < 0.2
     known = stats.ttest_1samp((tables[0] - tables[1]).mean(axis=1), 0).confidence_interval()
     assert same.degrees == 2 and same.low <= known.low and same.high >= known.high  # prompts come on top
+    more = replace(scores(np.vstack([tables[1][2:], tables[1][:1] + 9, tables[1][:2]])), students=("c", "x", "a", "b"))
+    again = difference(replace(scores(tables[0]), students=("a", "b", "c")), more)
+    assert (again.low, again.high) == pytest.approx((same.low, same.high))  # only the students that both rows have
     other = replace(scores(tables[1]), students=("a", "b", "d"))
     assert difference(replace(scores(tables[0]), students=("a", "b", "c")), other) == apart
     whole = [Scores(values=t.mean(axis=1), ranges=np.array([[-1.0, 1.0]] * 3), prompts=None, students=("a", "b", "c"))
