@@ -39,6 +39,7 @@ def serve(pipe: Connection, out: Path, command: str, gpu: int | None) -> None:
         ours = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         os.environ["CUDA_VISIBLE_DEVICES"] = ours[gpu] if gpu < len(ours) else str(gpu)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_MININTERVAL", "10")  # bars go to a log
     import torch
 
     torch.set_num_threads(1)
