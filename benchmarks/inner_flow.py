@@ -35,20 +35,19 @@ STEPS = 60
 """Steps of the flow that the others are held against."""
 
 
-def walk(student: TMDStudent, features: Features, y1: Tensor, times: Tensor, *, average: bool) -> Tensor:
-    """Where steps from noise end.
+def euler(student: TMDStudent, features: Features, y1: Tensor, times: Tensor) -> Tensor:
+    """Where Euler steps with u(y, s, s) end, beside :meth:`TMDStudent.rollout` by average velocities.
 
     Args:
         student: the student.
         features: of the samples.
         y1: inner noise (B, C, T, H, W).
         times: from 0 to the time of the noise, rising.
-        average: by average velocities u(y, s, r), or by Euler steps with u(y, s, s).
     """
     y = y1
     for r, s in zip(times[:-1].flip(0), times[1:].flip(0), strict=True):
-        at, to = s.expand(len(y1)), (r if average else s).expand(len(y1))
-        y = y - (s - r).item() * student.average_velocity(y, at, to, features, y1=y1)
+        at = s.expand(len(y1))
+        y = y - (s - r).item() * student.average_velocity(y, at, at, features, y1=y1)
     return y
 
 
@@ -72,11 +71,11 @@ def distances(student: TMDStudent, x: Tensor, text: Tensor, *, m: int, inner: Te
     x1, y1 = (torch.randn(x.shape, generator=generator) for _ in range(2))
     features = student.backbone(interpolate(x, x1, t), t, text)
     fine_times = torch.cat([torch.zeros(1, dtype=torch.float64), torch.linspace(20 * LOW, HIGH, STEPS).double()])
-    fine = walk(student, features, y1, fine_times, average=False)
+    fine = euler(student, features, y1, fine_times)
     draws = np.random.default_rng(0).integers(0, len(x), (2000, len(x)))
     found = {}
-    for name, average in (("average", True), ("euler", False)):
-        end = walk(student, features, y1, inner, average=average)
+    ends = {"average": student.rollout(features, y1, inner), "euler": euler(student, features, y1, inner)}
+    for name, end in ends.items():
         square = (end - fine).double().square().flatten(1).mean(1).numpy()
         low, high = np.quantile(np.sqrt(square[draws].mean(1)), [0.025, 0.975])
         found[name] = {"value": float(np.sqrt(square.mean())), "low": float(low), "high": float(high)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +82,7 @@ def build_matrix_report(matrix: Matrix, out: Path) -> Path:
     page = templates.get_template("matrix.html.j2").render(context)
     text = templates.get_template("matrix.md.j2").render(context)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "figures", ignore_errors=True)
-    (out / "figures").mkdir()
+    (out / "figures").mkdir(exist_ok=True)
     drawn = [figure for table in tables for figure in table.figures] + ([collapse] if collapse else [])
     for figure in drawn:
         write_file(out / "figures" / f"{figure.name}.svg", figure.svg)

@@ -123,17 +123,37 @@ def micro_prompts(count: int | None = None) -> PromptSet:
     Raises:
         ConfigError: below 1 or more than the world has.
     """
-    from students.micro.world import all_attributes, is_held_out, sample_attributes
+    from students.micro.world import sample_attributes
 
     count = MICRO_COUNT if count is None else count
-    most = sum(is_held_out(attributes.caption) for attributes in all_attributes()) if count > MICRO_COUNT else count
-    if not 1 <= count <= most:
-        raise ConfigError(f"The micro world's held-out captions number {most}; {count} were asked for.")
+    check_count("micro", count)
     rng = np.random.default_rng(20_260_109)
     captions: dict[str, None] = {}
     while len(captions) < count:
         captions.setdefault(sample_attributes(rng, held_out=True).caption)
     return PromptSet(name="micro", prompts=tuple(captions))
+
+
+def check_count(source: str, count: int) -> None:
+    """Refuse more prompts than a set has; those of the micro world are counted, not made.
+
+    Args:
+        source: as in :func:`load_prompts`.
+        count: how many are wanted.
+
+    Raises:
+        ConfigError: count is below 1 or more than there are, or the set cannot be read.
+    """
+    from students.micro.world import all_attributes, is_held_out
+
+    if source == "micro":
+        most = sum(is_held_out(attributes.caption) for attributes in all_attributes()) if count > MICRO_COUNT else count
+        if not 1 <= count <= most:
+            raise ConfigError(f"The micro world's held-out captions number {most}; {count} were asked for.")
+        return
+    most = len(load_prompts(source).prompts)
+    if not 1 <= count <= most:
+        raise ConfigError(f"{count} prompts are needed, but there are {most}.")
 
 
 def vbench_prompts(dimensions: Sequence[str] | None = None) -> PromptSet:

@@ -96,6 +96,7 @@ class Resolver:
         self.experiment, self.source, self.blocks, self.base_hash = experiment, source, blocks, base_hash
         self._configs: dict[str, TrainConfig] = {}
         self._data: dict[str, Any] | None = None
+        self._marks: dict[Path, str | None] = {}
 
     def trials(self) -> list[Cell]:
         """The cells of the tuning."""
@@ -194,7 +195,15 @@ class Resolver:
     def _prompts(self) -> str:
         """What tells the prompts: "micro", or a file with the hash of its content."""
         source = self.experiment.evaluation.prompts
-        return source if source == "micro" else f"{source} {_mark(Path(source))}"
+        return source if source == "micro" else f"{source} {self._mark(Path(source))}"
+
+    def _mark(self, path: Path) -> str | None:
+        """Hash of a file, read once; None where it is missing (which is told when it is read)."""
+        from students.weights import file_hash
+
+        if path not in self._marks:
+            self._marks[path] = file_hash(path) if path.is_file() else None
+        return self._marks[path]
 
     def _trainings(self, row: Row, seed: int, changes: Changes, line: int) -> tuple[Training, ...]:
         from tmd_eval.experiment.budget import iterations_with_updates, iterations_within
@@ -312,7 +321,7 @@ class Resolver:
             outside = None
         decisive = [settings, parent or outside, self.base_hash]
         if config.data.folder:
-            decisive.append(_mark(Path(config.data.folder) / INDEX))
+            decisive.append(self._mark(Path(config.data.folder) / INDEX))
         key = digest(decisive)
         return Training(stage=stage, preset=preset, config=config, parent=parent, key=key)
 
@@ -325,13 +334,6 @@ def stages_of(method: Method, row: Row, ablation: Ablation | None) -> list[Stage
         for stage in method.stages
         if stage.name not in drop and (stage.m is None or row.m in stage.m or stage.name in add)
     ]
-
-
-def _mark(path: Path) -> str | None:
-    """Hash of a file, None where it is missing (which is told when it is read)."""
-    from students.weights import file_hash
-
-    return file_hash(path) if path.is_file() else None
 
 
 def _together(layers: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
         experiment={
             "file": str(loaded.source.path),
             "sha256": store.file_mark(loaded.source.path),
-            "state": state(loaded, plan, out),
+            "state": state(loaded, plan, out, finished),
         },
         code_revision=", ".join(sorted({str(config.get("code_revision")) for config in configs})),
         device=", ".join(sorted({str(config.get("device")) for config in configs})),
@@ -80,9 +80,9 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
     return replace(matrix, rows=tuple(replace(row, pools=matrix.pools) for row in rows))
 
 
-def state(loaded: Loaded, plan: Plan, out: Path) -> str:
+def state(loaded: Loaded, plan: Plan, out: Path, finished: Sequence[Cell]) -> str:
     """What tells everything that a report shows: the file, scores, failures and times."""
-    scored = [store.read_json(out / "cells" / cell.name / "scored.json") for cell in finished_cells(loaded, plan, out)]
+    scored = [store.read_json(out / "cells" / cell.name / "scored.json") for cell in finished]
     failures = [store.failure(out, job) for job in plan.jobs.values()]
     steps = [store.file_mark(store.folder(out, job)) for job in plan.jobs.values() if job.kind == "measure"]
     cells = [cell.name for cell in plan.cells]

@@ -91,15 +91,12 @@ def _base(experiment: Experiment, source: Source) -> Base:
 
 
 def _check_prompts(experiment: Experiment, source: Source, most: int) -> None:
-    from tmd_eval.prompts import load_prompts
+    from tmd_eval.prompts import check_count
 
     try:
-        there = len(load_prompts(experiment.evaluation.prompts, count=most).prompts)
+        check_count(experiment.evaluation.prompts, most)
     except ConfigError as error:
         source.wrong(source.line(("evaluation", "prompts")), str(error))
-        return
-    if most > there:
-        source.wrong(source.line(("evaluation",)), f"{most} prompts are needed, but there are {there}.")
 
 
 def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None) -> Plan:

@@ -13,7 +13,7 @@ from pathlib import Path
 from students.errors import ConfigError, IncompleteError, TmdError
 from tmd_eval.experiment import jobs as store
 from tmd_eval.experiment.jobs import Job, Plan
-from tmd_eval.experiment.plan import Loaded, load, make_plan, unfinished, write_tuning
+from tmd_eval.experiment.plan import Loaded, finished_cells, load, make_plan, unfinished, write_tuning
 from tmd_eval.experiment.runner import Progress, Runner, default_workers
 from tmd_eval.experiment.table import LiveTable
 from tmd_eval.files import write_json
@@ -201,7 +201,8 @@ def _report(options: Options, loaded: Loaded, plan: Plan) -> Path | None:
 
     page = options.out / "report" / "index.html"
     old = store.read_json(page.parent / "report.json")
-    if page.is_file() and old and old.get("experiment", {}).get("state") == state(loaded, plan, options.out):
+    now = state(loaded, plan, options.out, finished_cells(loaded, plan, options.out))
+    if page.is_file() and old and old.get("experiment", {}).get("state") == now:
         return page
     content = collect(loaded, plan, options.out, command=options.command)
     if not content.rows:
