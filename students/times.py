@@ -20,17 +20,17 @@ LOW, HIGH = 0.001, 0.999
 
 
 def rational_shift(t: Tensor, gamma: float) -> Tensor:
-    """gamma t / ((gamma - 1) t + 1): moves times in [0, 1] towards noise for gamma > 1 and keeps 0 and 1.
+    """gamma t / ((gamma - 1) t + 1): moves times in [0, 1] towards noise for gamma > 1, to data below, and keeps 0 and 1.
 
     Args:
         t: times in [0, 1], any shape.
-        gamma: strength, at least 1; 1 is the identity.
+        gamma: strength, above 0; 1 is the identity.
 
     Raises:
-        ConfigError: gamma is below 1.
+        ConfigError: gamma is not above 0.
     """
-    if not gamma >= 1:
-        raise ConfigError(f"The time shift gamma is {gamma}; it must be at least 1 (1 means no shift).")
+    if not gamma > 0:
+        raise ConfigError(f"The time shift gamma is {gamma}; it must be above 0 (1 means no shift).")
     return gamma * t / ((gamma - 1) * t + 1)
 
 
@@ -39,14 +39,14 @@ def grid(steps: int, gamma: float, maximum: float = HIGH) -> Tensor:
 
     Args:
         steps: number of steps (M for the outer grid, N for the inner one), at least 1.
-        gamma: strength of the rational shift, at least 1.
+        gamma: strength of the rational shift, above 0.
         maximum: largest time, in (0, 1].
 
     Returns:
         float64 tensor (steps + 1,), strictly increasing.
 
     Raises:
-        ConfigError: steps below 1, gamma below 1, or a shift so strong that two points meet at ``maximum``.
+        ConfigError: steps below 1, gamma not above 0, or a shift so strong that two points meet at ``maximum``.
     """
     if steps < 1:
         raise ConfigError(f"A time grid needs at least 1 step, not {steps}.")
@@ -75,20 +75,20 @@ def check_grid(points: Tensor | Sequence[float]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Shift:
-    """How uniform random times are moved towards noise."""
+    """How uniform random times are moved, as a rule towards noise."""
 
     kind: Literal["rational", "gaussian"] = "rational"
     """"rational": gamma t / ((gamma - 1) t + 1); "gaussian": t + alpha with alpha ~ N(0, sigma^2), clamped."""
     gamma: float = 1.0
-    """Strength of the rational shift, at least 1."""
+    """Strength of the rational shift, above 0; below 1 it moves towards data."""
     sigma: float = 0.1
     """Standard deviation of the Gaussian shift, at least 0."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("rational", "gaussian"):
             raise ConfigError(f"The time shift {self.kind!r} is unknown; choose rational or gaussian.")
-        if not self.gamma >= 1:
-            raise ConfigError(f"The time shift gamma is {self.gamma}; it must be at least 1 (1 means no shift).")
+        if not self.gamma > 0:
+            raise ConfigError(f"The time shift gamma is {self.gamma}; it must be above 0 (1 means no shift).")
         if not self.sigma >= 0:
             raise ConfigError(f"The sigma of the Gaussian time shift is {self.sigma}; it must be at least 0.")
 

@@ -70,7 +70,7 @@ def test_unknown_flag_and_environment_are_named(small: Path) -> None:
         ("method.name=tmmf", "choose one of tm_mf, tmd_stage2"),
         ("method.n=0", r"--set: method\.n \(N\) must be at least 1, not 0"),
         ("method.m=0", r"method\.m \(M\) must be at least 1"),
-        ("method.gamma_outer=0.5", "at least 1"),
+        ("method.gamma_outer=0", "above 0"),
         ("student.h=0", r"student\.h \(H\) must be at least 1"),
         ("student.h=2.5", "student.h must be a whole number, not 2.5"),
         ("student.h=true", "student.h must be a whole number, not True"),

@@ -428,7 +428,7 @@ def test_student_fools_a_fixed_discriminator() -> None:
         ({"x_hat": "theirs"}, "theirs"),
         ({"gan_weight": -1.0}, "gan_weight is -1"),
         ({"shift_dmd": "cosine"}, "cosine"),
-        ({"gamma_dmd": 0.5}, "0.5"),
+        ({"gamma_dmd": -0.5}, "-0.5"),
     ],
 )
 def test_bad_settings(wrong: dict[str, Any], named: str) -> None:

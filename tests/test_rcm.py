@@ -450,7 +450,7 @@ def test_discrete_times_are_shifted() -> None:
         ({"discrete_skip": 49}, "discrete_skip is 49"),
         ({"derivative": "jvp"}, "exact, semi, finite"),
         ({"step": 0.0}, "step is 0.0"),
-        ({"gamma_dmd": 0.5}, "at least 1"),
+        ({"gamma_dmd": 0.0}, "above 0"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
