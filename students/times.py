@@ -20,7 +20,7 @@ LOW, HIGH = 0.001, 0.999
 
 
 def rational_shift(t: Tensor, gamma: float) -> Tensor:
-    """gamma t / ((gamma - 1) t + 1): moves times in [0, 1] towards noise for gamma > 1, to data below, and keeps 0 and 1.
+    """gamma t / ((gamma - 1) t + 1): moves times towards noise for gamma > 1, towards data below; 0 and 1 stay.
 
     Args:
         t: times in [0, 1], any shape.
