@@ -72,7 +72,7 @@ def build_matrix_report(matrix: Matrix, out: Path) -> Path:
         "decisions": matrix.decisions,
         "verdicts": {name: sum(d.verdict == name for d in matrix.decisions) for name in VERDICTS},
         "forest": _forest(matrix.decisions),
-        "spread": [d for d in matrix.decisions if d.claim.metric == DIVERSITY and d.effect],
+        "spread": [d for d in matrix.decisions if d.claim.metric.startswith(DIVERSITY) and d.effect],
         "shown": by_name,
         "effect": _effect,
         "signed": _signed,

@@ -192,6 +192,21 @@ def test_the_collapse_is_named_with_both_differences(matrix: Matrix, tmp_path: P
     assert "unshifted" in section[: section.index("</p>")]
 
 
+def test_a_claim_about_one_group_of_diversity_stands_in_the_section_on_collapse(matrix: Matrix, tmp_path: Path):
+    rows = tuple(
+        replace(
+            r,
+            scores={**r.scores, "diversity_place": whole(level, 3, i, 0.05)},
+            counts={**r.counts, "diversity_place": 600},
+        )
+        for i, (r, level) in enumerate((matrix.rows[key], level) for key, level in ((2, 0.9), (3, 0.4)))
+    )
+    told = claim("Places collapse", "unshifted", "DMD2-v", metric="diversity_place", direction="lower")
+    text = build_matrix_report(replace(matrix, rows=rows, claims=(told,)), tmp_path).read_text()
+    section = text[text.index('id="collapse"') :]
+    assert re.search(r"“Places collapse”: holds \(\u22120\.\d+ \[[^]]+\] in diversity of place, Table 1\)", section)
+
+
 def words(svg: str) -> list[str]:
     """Texts of a figure whose letters are letters, without ticks and digits in marks."""
     return [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg) if len(text) > 2]
