@@ -27,6 +27,7 @@ from students.nfe import branches, check_h, effective_nfe
 from students.published import exported_base, open_file, open_pipeline
 from students.sampling import Clock, VideoNoise, sample_plain, sample_teacher, sample_tmd, untimed
 from students.spec import BaseRecord, StudentSpec
+from students.times import check_grid
 from students.tmd import TMDStudent
 from students.weights import combined_hash, file_hash, read_json, weight_files
 
@@ -137,16 +138,25 @@ class Checkpoint:
         """What runs at every step: the student, or the teacher's transformer."""
         return self.base.transformer if self.student is None else self.student
 
-    def settings(self, m: int | None = None, n: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+    def settings(
+        self, m: int | None = None, n: int | None = None, guidance: float | None = None,
+        times: Sequence[float] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """All that decides what :meth:`sample` makes, beside prompts and seeds; None stands for the default.
 
         Returns:
             method, role ("teacher", "undistilled" for a teacher of fewer than 50 steps, "student"), m, n, h, blocks,
-            effective_nfe (Eq. 16), forward_passes (with guidance), guidance (1 is none), sampler, text_length.
+            effective_nfe (Eq. 16), forward_passes (with guidance), guidance (1 is none), sampler, text_length. A
+            student at other outer ``times`` t_M > ... > t_1 > 0 has them in the name of its sampler.
 
         Raises:
-            ConfigError: M or N below 1, N for a teacher, guidance for a student.
+            ConfigError: M or N below 1, N or times for a teacher, guidance for a student, times that are not M or rise.
         """
+        if times is not None:
+            check_grid((0.0, *reversed(times)))
+            if self.spec is None or m not in (None, len(times)):
+                raise ConfigError(f"{len(times)} times need a student, and M = {len(times)} if any; leave one out.")
+            m = len(times)
         if self.spec is not None:
             spec, w = self.spec, self.spec.guidance
             if guidance not in (None, w):
@@ -154,9 +164,10 @@ class Checkpoint:
             if n is not None and spec.plain:
                 raise ConfigError(f"N is {n}, but {self.name} is a plain student without inner steps; leave N out.")
             m, n = spec.m if m is None else m, spec.n if n is None else n
-            spec.outer(m)  # refuses an M that the student has no times for
-            method, role, h, sampler = spec.method, "student", spec.h, spec.sampler
-            blocks = spec.blocks
+            if times is None:
+                spec.outer(m)  # refuses an M that the student has no times for
+            method, role, h, blocks = spec.method, "student", spec.h, spec.blocks
+            sampler = spec.sampler if times is None else f"{spec.sampler} at {', '.join(map(repr, times))}"
         else:
             if n is not None:
                 raise ConfigError(f"N is {n}, but a teacher has no inner steps; leave N out.")
@@ -253,8 +264,8 @@ class Checkpoint:
                 if outer_grid is not None:
                     raise ConfigError("An outer grid is for students; a teacher's times come from its scheduler.")
                 return sample_teacher(base, text, negative if w > 1 else None, x1, settings["m"], w, clock)
-            if outer_grid is not None and m not in (None, len(outer_grid) - 1):
-                raise ConfigError(f"M is {m}, but the outer grid has {len(outer_grid) - 1} steps; give one of the two.")
+            if outer_grid is not None and m not in (None, steps := len(outer_grid) - 1):
+                raise ConfigError(f"M is {m}, but the outer grid has {steps} steps; give one of the two.")
             outer = spec.outer(m) if outer_grid is None else outer_grid
             if isinstance(network, TMDStudent):
                 return sample_tmd(network, text, x1, outer, spec.inner(n), noise.draw, clock)

@@ -73,6 +73,18 @@ def check_grid(points: Tensor | Sequence[float]) -> None:
         raise ConfigError(f"The time grid {shown} ends at {values[-1]:g}; times lie in [0, 1].")
 
 
+def read_times(text: str) -> tuple[float, ...]:
+    """Times as ``--times`` takes them, "0.999,0.5", the noisiest first in whatever order they come.
+
+    Raises:
+        ConfigError: it is no list of numbers.
+    """
+    try:
+        return tuple(sorted(map(float, text.split(",")), reverse=True))
+    except ValueError as error:
+        raise ConfigError(f"--times {text}: write numbers with commas, such as 0.999,0.937,0.833,0.624.") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shift:
     """How uniform random times are moved, as a rule towards noise."""

@@ -232,6 +232,19 @@ def test_student_settings(saved: Path) -> None:
     assert (settings["role"], settings["h"], settings["guidance"], settings["sampler"]) == ("student", 1, 1.0, "tmd")
 
 
+def test_settings_at_other_times(saved: Path, pipeline: Path) -> None:
+    student = open_checkpoint(saved)
+    settings = student.settings(n=3, times=(0.999, 0.7, 0.25))
+    assert settings == student.settings(m=3, n=3) | {"sampler": "tmd at 0.999, 0.7, 0.25"}
+    assert settings == student.settings(m=3, n=3, times=(0.999, 0.7, 0.25))
+    with pytest.raises(ConfigError, match="M = 3"):
+        student.settings(m=2, times=(0.999, 0.7, 0.25))
+    with pytest.raises(ConfigError, match="strictly increasing"):
+        student.settings(times=(0.5, 0.7))
+    with pytest.raises(ConfigError, match="student"):
+        open_checkpoint(pipeline).settings(times=(0.999, 0.7))
+
+
 def test_settings_that_do_not_suit_are_refused(saved: Path, pipeline: Path) -> None:
     student, teacher = open_checkpoint(saved), open_checkpoint(pipeline)
     for checkpoint, arguments in (

@@ -100,7 +100,7 @@ def test_the_micro_matrix_is_what_the_issue_asks_for():
     made = resolver(EXAMPLES / "micro_matrix.yaml")
     experiment = made.experiment
     assert experiment.evaluation.num_prompts >= 1024
-    assert [len(section.seeds) for section in experiment.sections] == [3, 3, 2, 2, 2]
+    assert [len(section.seeds) for section in experiment.sections] == [3, 3, 2, 2, 3, 2, 2]
     main = [cell.row for cell in made.matrix({}) if cell.sections[0] == "Main comparison" and cell.row.budget]
     assert {(row.n, row.h) for row in main if row.method == "tmd"} == {(2, 2), (4, 2), (2, 4)}
     assert {row.m for row in main if row.method == "tmd"} == {1, 2}
@@ -315,6 +315,26 @@ def test_shared_stages_are_one_training(tmp_path: Path):
     assert sampled.key != plain.key and sampled.settings["n"] == 1
     same = by_row[None, "compute", 0]  # the reference of equal compute is the same training under both budgets
     assert same.name == plain.name
+
+
+def test_other_times_at_sampling_need_no_training(tmp_path: Path):
+    half = "  half: {methods: [tmd, dmd2v], label: half, sample: {times: [0.999, 0.5]}}\n"
+    text = (
+        SMALL.replace("  n1:", f"{half}  n1:")
+        .replace("[no_rollout, n1]", "half")
+        .replace("ablations: kd", "ablations: half")
+    )
+    chosen = [c for c in cells(write(tmp_path, text)) if (c.seed, c.row.m, c.row.budget) == (0, 2, "updates")]
+    found = {(c.row.method, c.row.ablation): c for c in chosen}
+    for method in ("tmd", "dmd2v"):
+        plain, other = found[method, None], found[method, "half"]
+        assert [t.key for t in plain.trainings] == [t.key for t in other.trainings] and plain.key != other.key
+        assert other.settings["times"] == [0.999, 0.5] and "times" not in plain.settings  # keys of old cells stay
+    (row,) = problems(write(tmp_path, text.replace("m: 2, ablations: half", "m: 1, ablations: half")))
+    assert "ablation half samples at 2 times; give it cells of its own, of that M." in row
+    for wrong in ("[0.5, 0.999]", "[]", "[1.5]", "[0.5, 0]", "half", "[true, a]"):
+        (row,) = problems(write(tmp_path, text.replace("[0.999, 0.5]", wrong)))
+        assert "times are falling numbers from at most 1 to above 0" in row
 
 
 def test_a_stage_may_belong_to_some_m_and_ablations_add_it(tmp_path: Path):

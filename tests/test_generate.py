@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 import yaml
 from typer.testing import CliRunner
 
-from students.checkpoint import Checkpoint, open_checkpoint
+from students.base import load_base
+from students.checkpoint import BaseRecord, Checkpoint, StudentSpec, open_checkpoint, save_student
 from students.errors import ConfigError, TmdError
-from tests.tiny import tiny_pipeline
+from tests.tiny import TEXT_LENGTH, tiny_pipeline, tiny_transformer
 from tmd_eval import files, video_set
 from tmd_eval.commands.generate import generate as command
 from tmd_eval.generate import LINE_STRIDE, generate_run
@@ -156,6 +158,30 @@ def test_changed_settings_never_reuse_a_video(
     other = PromptSet(name="two", prompts=("a red circle", "up"))
     generate_run(model, other, out, m=2, samples_per_prompt=2, seed=1)
     assert sorted(times(out)) == sorted(pixels(out)) == ["00000-0.mp4", "00000-1.mp4", "00001-0.mp4", "00001-1.mp4"]
+
+
+def test_other_times_of_a_student(folder: Path, tmp_path: Path) -> None:
+    record = StudentSpec(
+        method="dmd2-v", m=2, h=None, blocks=4, text_length=TEXT_LENGTH, base=BaseRecord.of(load_base(str(folder)))
+    )
+    student = tmp_path / "student"
+    save_student(student, tiny_transformer(patch=(1, 1, 1), seed=3), record)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    call = ["--ckpt", str(student), "--prompt", "a red circle", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    (own,) = manifest(tmp_path / "run")
+    assert CliRunner().invoke(app, [*call, "--times", "0.5,0.999"]).exit_code == 0
+    (other,) = manifest(tmp_path / "run")  # never mistaken for the video at the student's own times
+    assert own["sampler"] == "ode" and other["sampler"] == "ode at 0.999, 0.5" and own["sha256"] != other["sha256"]
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["checkpoint"]
+    assert (settings["m"], settings["sampler"]) == (2, "ode at 0.999, 0.5")
+    frames = open_checkpoint(student).sample(
+        ["a red circle"], [0], outer_grid=torch.tensor([0, 0.5, 0.999], dtype=torch.float64)
+    )
+    assert (read_video(tmp_path / "run" / "videos" / other["video"])[0] == frames[0].numpy()).all()
+    refused = CliRunner().invoke(app, [*call, "--times", "0.5,0.999", "--m", "3"])
+    assert isinstance(refused.exception, ConfigError) and "2 times" in str(refused.exception)
 
 
 def test_other_weights_change_every_key(model: Checkpoint, tmp_path: Path) -> None:

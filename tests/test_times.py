@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from students.errors import ConfigError
-from students.times import Shift, check_grid, grid, rational_shift, sample_times
+from students.times import Shift, check_grid, grid, rational_shift, read_times, sample_times
 
 
 def test_grid_of_the_paper_by_hand() -> None:
@@ -67,6 +67,13 @@ def test_bad_steps_and_shifts_are_refused() -> None:
         Shift(kind="linear")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="sigma"):
         Shift(kind="gaussian", sigma=-1)
+
+
+def test_times_of_a_command_line() -> None:
+    assert read_times("0.5,0.999, 0.7") == (0.999, 0.7, 0.5)
+    for wrong in ("", "0.5,", "0.5 0.7", "half"):
+        with pytest.raises(ConfigError, match="write numbers with commas"):
+            read_times(wrong)
 
 
 def test_random_times_follow_the_shifted_law() -> None:

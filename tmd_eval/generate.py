@@ -24,6 +24,8 @@ from tmd_eval.video import default_lossless
 from tmd_eval.video_set import MANIFEST, Unit
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from students.checkpoint import Checkpoint
 
 LINE_STRIDE = 100_000
@@ -52,6 +54,8 @@ class Settings:
     """N, inner steps of a TMD student; None for the checkpoint's own."""
     guidance: float | None = None
     """Guidance scale of a teacher; None for its own."""
+    times: tuple[float, ...] | None = None
+    """Other outer times of a student, t_M > ... > t_1 > 0, of which there are M; None for its own."""
     batch_size: int | None = None
     """Videos sampled at once; None for 16 in the micro world, else 1."""
 
@@ -66,6 +70,12 @@ class Settings:
             if value is not None and (value < low or (high is not None and value > high)):
                 to = "" if high is None else f" and at most {high}"
                 raise ConfigError(f"{name} must be at least {low}{to}, not {value}.")
+
+    def outer_grid(self) -> Tensor | None:
+        """``times`` as 0 = t_0 < ... < t_M, float64 (M + 1,); None for the student's own."""
+        import torch
+
+        return None if self.times is None else torch.tensor((0.0, *reversed(self.times)), dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +220,7 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
         ConfigError: settings that do not suit the model, or a broken manifest.
     """
     base = checkpoint.base
-    model = checkpoint.settings(settings.m, settings.n, settings.guidance)
+    model = checkpoint.settings(settings.m, settings.n, settings.guidance, settings.times)
     size: dict[str, Any] = {"size": [base.height, base.width], "frames": base.frames, "fps": base.fps}
     if base.vae_tiling:
         size["vae_tiling"] = True

@@ -121,6 +121,7 @@ def _sample(work: Plan, batch: Sequence[Unit]) -> tuple[np.ndarray, float]:
         m=work.settings.m,
         n=work.settings.n,
         guidance=work.settings.guidance,
+        outer_grid=work.settings.outer_grid(),
     ).numpy()
     return videos, (time.perf_counter() - start) / len(batch)  # encoding of texts and decoding included, writing not
 

@@ -53,20 +53,14 @@ def convert(
     """
     from students.errors import ConfigError
     from students.foreign import Schedule
+    from students.times import read_times
     from tmd_eval.checkpoints import convert as bring_in
     from tmd_eval.checkpoints import inspect as look
 
     schedule = None
     if times is not None:
-        try:
-            points = sorted(float(time) for time in times.split(","))
-        except ValueError as error:
-            raise ConfigError(
-                f"--times {times}: write numbers with commas, such as 0.999,0.937,0.833,0.624."
-            ) from error
-        schedule = Schedule(
-            method=method or "student", outer_grid=(0.0, *points), sampler=sampler or "ode", source="--times"
-        )
+        grid = (0.0, *reversed(read_times(times)))
+        schedule = Schedule(method=method or "student", outer_grid=grid, sampler=sampler or "ode", source="--times")
     elif sampler is not None or method is not None:
         raise ConfigError("--sampler and --method go with --times; give the times too.")
     bring_in(ref, out, base=base, schedule=schedule)

@@ -20,6 +20,9 @@ def generate(
     ] = None,
     n: Annotated[int | None, typer.Option("--n", help="N, inner steps of a TMD student.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; 1 is none.")] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Other times of a student, noisiest first, such as 0.999,0.5; M is their number.")
+    ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Only the first so many prompts.")] = None,
     samples_per_prompt: Annotated[
         int | None, typer.Option(help="Videos a prompt [default: 5 for vbench, else 1].")
@@ -47,6 +50,7 @@ def generate(
     import os
 
     from students.errors import ConfigError
+    from students.times import read_times
     from tmd_eval import generate as generation
     from tmd_eval import video_set
     from tmd_eval.prompts import load_prompts, single_prompt
@@ -61,6 +65,7 @@ def generate(
         m=m,
         n=n,
         guidance=guidance,
+        times=None if times is None else read_times(times),
         batch_size=batch_size,
     )
     if dry_run:

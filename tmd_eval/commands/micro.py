@@ -21,6 +21,9 @@ def micro(
     ] = None,
     n: Annotated[int | None, typer.Option("--n", help="N, inner steps of a TMD student.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a teacher; 1 is none.")] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Other times of a student, noisiest first, such as 0.999,0.5; M is their number.")
+    ] = None,
     num_prompts: Annotated[int, typer.Option(help="Held-out captions; compare only runs with as many.")] = NUM_PROMPTS,
     samples_per_prompt: Annotated[int, typer.Option(help="Videos a caption; diversity needs 2.")] = 1,
     seed: Annotated[int, typer.Option(help="Base seed of the videos.")] = 0,
@@ -40,6 +43,7 @@ def micro(
     import json
 
     from students.errors import ConfigError
+    from students.times import read_times
     from tmd_eval.micro_scores import score_run
 
     if (ckpt is None) == (videos is None) or (ckpt is None) != (out is None):
@@ -52,7 +56,7 @@ def micro(
         prompts = load_prompts("micro", count=num_prompts)
         settings = generation.Settings(
             samples_per_prompt=samples_per_prompt, seed=seed, limit=limit, m=m, n=n, guidance=guidance,
-            batch_size=batch_size,
+            times=None if times is None else read_times(times), batch_size=batch_size,
         )  # fmt: skip
         generation.check_target(out)
         if dry_run:

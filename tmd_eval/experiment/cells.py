@@ -184,6 +184,8 @@ class Resolver:
             "guidance": row.guidance,
             "batch_size": evaluation.batch_size,
         }
+        if ablation and "times" in ablation.sample:
+            settings["times"] = list(ablation.sample["times"])
         prompts = prompts or evaluation.num_prompts
         model = trainings[-1].key if trainings else self.base_hash
         decisive = {key: value for key, value in settings.items() if key != "batch_size"}

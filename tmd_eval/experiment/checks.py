@@ -127,7 +127,7 @@ class Check:
                 if self._known(method, "methods", "method", ablation.line):
                     for stage in (*ablation.stages, *ablation.drop, *ablation.add):
                         self._stage(stage, method, f"of {method}, ablation {name}", ablation.line)
-                    if ablation.sample and "n" not in self.experiment.methods[method].axes:
+                    if "n" in ablation.sample and "n" not in self.experiment.methods[method].axes:
                         self.source.wrong(ablation.line, f"ablation {name} samples with n, but {method} has no N.")
 
     def _tuning(self, tuning: Tuning) -> None:
@@ -184,6 +184,10 @@ class Check:
                 allowed = self.experiment.ablations[name].methods
                 if method not in allowed:
                     text = f"ablation {name} is for {', '.join(allowed)}, not for {method}."
+                    self.source.wrong(block.line, text)
+                times = self.experiment.ablations[name].sample.get("times")
+                if times is not None and set(block.m) != {len(times)}:
+                    text = f"ablation {name} samples at {len(times)} times; give it cells of its own, of that M."
                     self.source.wrong(block.line, text)
 
     def _claims(self) -> None:

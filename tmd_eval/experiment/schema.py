@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from students.errors import ConfigError
@@ -95,12 +96,15 @@ class Ablation(Changes):
     add: tuple[str, ...] = ()
     """Stages put in although they belong to another M."""
     sample: dict[str, Any] = field(default_factory=dict)
-    """Settings at sampling: n (such as 1, to sample without recurrence)."""
+    """Settings at sampling: n (such as 1, to sample without recurrence), or times, t_M > ... > t_1 > 0."""
 
     def __post_init__(self) -> None:
         for key, value in self.sample.items():
-            fit = key == "n" and isinstance(value, int) and value >= 1
-            _require(fit, f"sample takes n, a whole number of at least 1, not {key}: {value!r}.")
+            if key == "times":
+                _require(_falls(value), f"sample: times are falling numbers from at most 1 to above 0, not {value!r}.")
+            else:
+                fit = key == "n" and isinstance(value, int) and value >= 1
+                _require(fit, f"sample takes times, or n, a whole number of at least 1, not {key}: {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +323,12 @@ class Experiment:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def _falls(times: Any) -> bool:
+    """Whether these are times from noise to data, 1 >= t_M > ... > t_1 > 0."""
+    numbers = isinstance(times, list | tuple) and all(isinstance(t, int | float) for t in times)
+    return bool(numbers and times) and all(a > b for a, b in pairwise([1 + 1e-12, *times, 0]))
 
 
 def _positive(part: Any, *names: str) -> None:

@@ -75,6 +75,8 @@ def time_rows(
         for turn in range(repeats + 1):
             for place, (name, job) in enumerate(jobs.items()):
                 settings = {key: job.spec["settings"][key] for key in ("m", "n", "guidance")}
+                if times := job.spec["settings"].get("times"):
+                    settings["outer_grid"] = torch.tensor([0.0, *reversed(times)], dtype=torch.float64)
                 start = time.perf_counter()
                 models[name].sample(prompts, range(len(prompts)), **settings)  # frames on the CPU: the device is done
                 if turn:
