@@ -179,7 +179,8 @@ def test_other_times_of_a_student(folder: Path, tmp_path: Path) -> None:
     frames = open_checkpoint(student).sample(
         ["a red circle"], [0], outer_grid=torch.tensor([0, 0.5, 0.999], dtype=torch.float64)
     )
-    assert (read_video(tmp_path / "run" / "videos" / other["video"])[0] == frames[0].numpy()).all()
+    made, _ = read_video(tmp_path / "run" / "videos" / other["video"])
+    assert np.abs(made.astype(int) - frames[0].numpy()).max() <= 2  # the colour conversion
     refused = CliRunner().invoke(app, [*call, "--times", "0.5,0.999", "--m", "3"])
     assert isinstance(refused.exception, ConfigError) and "2 times" in str(refused.exception)
 
