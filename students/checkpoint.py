@@ -140,23 +140,25 @@ class Checkpoint:
 
     def settings(
         self, m: int | None = None, n: int | None = None, guidance: float | None = None,
-        times: Sequence[float] | None = None,
+        outer_grid: Tensor | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """All that decides what :meth:`sample` makes, beside prompts and seeds; None stands for the default.
 
         Returns:
             method, role ("teacher", "undistilled" for a teacher of fewer than 50 steps, "student"), m, n, h, blocks,
             effective_nfe (Eq. 16), forward_passes (with guidance), guidance (1 is none), sampler, text_length. A
-            student at other outer ``times`` t_M > ... > t_1 > 0 has them in the name of its sampler.
+            student at another ``outer_grid``, 0 = t_0 < ... < t_M, has its times in the name of its sampler.
 
         Raises:
-            ConfigError: M or N below 1, N or times for a teacher, guidance for a student, times that are not M or rise.
+            ConfigError: M or N below 1, N or a grid for a teacher, guidance for a student, a bad grid or one not of M.
         """
-        if times is not None:
-            check_grid((0.0, *reversed(times)))
-            if self.spec is None or m not in (None, len(times)):
-                raise ConfigError(f"{len(times)} times need a student, and M = {len(times)} if any; leave one out.")
-            m = len(times)
+        if outer_grid is not None:
+            check_grid(outer_grid)
+            if self.spec is None:
+                raise ConfigError("Times are for students; a teacher's come from its scheduler. Leave them out.")
+            if m not in (None, steps := len(outer_grid) - 1):
+                raise ConfigError(f"M is {m}, but there are {steps} times; leave M out, or give M = {steps}.")
+            m = steps
         if self.spec is not None:
             spec, w = self.spec, self.spec.guidance
             if guidance not in (None, w):
@@ -164,10 +166,12 @@ class Checkpoint:
             if n is not None and spec.plain:
                 raise ConfigError(f"N is {n}, but {self.name} is a plain student without inner steps; leave N out.")
             m, n = spec.m if m is None else m, spec.n if n is None else n
-            if times is None:
+            method, role, h, sampler = spec.method, "student", spec.h, spec.sampler
+            blocks = spec.blocks
+            if outer_grid is None:
                 spec.outer(m)  # refuses an M that the student has no times for
-            method, role, h, blocks = spec.method, "student", spec.h, spec.blocks
-            sampler = spec.sampler if times is None else f"{spec.sampler} at {', '.join(map(repr, times))}"
+            else:
+                sampler += " at " + ", ".join(map(repr, outer_grid.tolist()[:0:-1]))
         else:
             if n is not None:
                 raise ConfigError(f"N is {n}, but a teacher has no inner steps; leave N out.")
@@ -220,7 +224,7 @@ class Checkpoint:
         """
         if not prompts or len(prompts) != len(seeds):
             raise ConfigError(f"{len(prompts)} prompts come with {len(seeds)} seeds; give one seed per prompt.")
-        settings = self.settings(m, n, guidance)
+        settings = self.settings(m, n, guidance, outer_grid)
         texts = self._encode([*prompts, self.base.negative_prompt] if settings["guidance"] > 1 else prompts)
         text, negative = texts[: len(prompts)], texts[len(prompts) :]
         latents = self.latents(text, negative, seeds, m=m, n=n, guidance=guidance, outer_grid=outer_grid)
@@ -255,17 +259,13 @@ class Checkpoint:
             ConfigError: see :meth:`sample`.
         """
         base, spec, network = self.base, self.spec, self.network
-        settings = self.settings(m, n, guidance)
+        settings = self.settings(m, n, guidance, outer_grid)
         w = settings["guidance"]
         noise = VideoNoise(seeds, base.latent_shape)
         x1 = noise.draw().to(base.device)
         with base.resident(network):
             if spec is None:
-                if outer_grid is not None:
-                    raise ConfigError("An outer grid is for students; a teacher's times come from its scheduler.")
                 return sample_teacher(base, text, negative if w > 1 else None, x1, settings["m"], w, clock)
-            if outer_grid is not None and m not in (None, steps := len(outer_grid) - 1):
-                raise ConfigError(f"M is {m}, but the outer grid has {steps} steps; give one of the two.")
             outer = spec.outer(m) if outer_grid is None else outer_grid
             if isinstance(network, TMDStudent):
                 return sample_tmd(network, text, x1, outer, spec.inner(n), noise.draw, clock)

@@ -85,6 +85,11 @@ def read_times(text: str) -> tuple[float, ...]:
         raise ConfigError(f"--times {text}: write numbers with commas, such as 0.999,0.937,0.833,0.624.") from error
 
 
+def grid_of(times: Sequence[float]) -> Tensor:
+    """The grid 0 = t_0 < ... < t_M of times t_M > ... > t_1, float64 (M + 1,); :func:`check_grid` judges it."""
+    return torch.tensor([0.0, *reversed(times)], dtype=torch.float64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shift:
     """How uniform random times are moved, as a rule towards noise."""

@@ -17,7 +17,7 @@ from students.base import load_base
 from students.checkpoint import BaseRecord, StudentSpec, load_student, open_checkpoint, save_student
 from students.errors import ConfigError
 from students.sampling import VideoNoise, sample_teacher, sample_tmd
-from students.times import grid
+from students.times import grid, grid_of
 from students.tmd import TMDStudent
 from tests.tiny import TEXT_LENGTH, tiny_pipeline
 
@@ -234,15 +234,16 @@ def test_student_settings(saved: Path) -> None:
 
 def test_settings_at_other_times(saved: Path, pipeline: Path) -> None:
     student = open_checkpoint(saved)
-    settings = student.settings(n=3, times=(0.999, 0.7, 0.25))
+    times = grid_of((0.999, 0.7, 0.25))
+    settings = student.settings(n=3, outer_grid=times)
     assert settings == student.settings(m=3, n=3) | {"sampler": "tmd at 0.999, 0.7, 0.25"}
-    assert settings == student.settings(m=3, n=3, times=(0.999, 0.7, 0.25))
+    assert settings == student.settings(m=3, n=3, outer_grid=times)
     with pytest.raises(ConfigError, match="M = 3"):
-        student.settings(m=2, times=(0.999, 0.7, 0.25))
+        student.settings(m=2, outer_grid=times)
     with pytest.raises(ConfigError, match="strictly increasing"):
-        student.settings(times=(0.5, 0.7))
+        student.settings(outer_grid=grid_of((0.5, 0.7)))
     with pytest.raises(ConfigError, match="student"):
-        open_checkpoint(pipeline).settings(times=(0.999, 0.7))
+        open_checkpoint(pipeline).settings(outer_grid=grid_of((0.999, 0.7)))
 
 
 def test_settings_that_do_not_suit_are_refused(saved: Path, pipeline: Path) -> None:

@@ -9,7 +9,7 @@ same seed. Runs meant as independent repetitions need base seeds at least ``samp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,8 +24,6 @@ from tmd_eval.video import default_lossless
 from tmd_eval.video_set import MANIFEST, Unit
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from students.checkpoint import Checkpoint
 
 LINE_STRIDE = 100_000
@@ -54,7 +52,7 @@ class Settings:
     """N, inner steps of a TMD student; None for the checkpoint's own."""
     guidance: float | None = None
     """Guidance scale of a teacher; None for its own."""
-    times: tuple[float, ...] | None = None
+    times: Sequence[float] | None = None
     """Other outer times of a student, t_M > ... > t_1 > 0, of which there are M; None for its own."""
     batch_size: int | None = None
     """Videos sampled at once; None for 16 in the micro world, else 1."""
@@ -71,11 +69,12 @@ class Settings:
                 to = "" if high is None else f" and at most {high}"
                 raise ConfigError(f"{name} must be at least {low}{to}, not {value}.")
 
-    def outer_grid(self) -> Tensor | None:
-        """``times`` as 0 = t_0 < ... < t_M, float64 (M + 1,); None for the student's own."""
-        import torch
+    def sampling(self) -> dict[str, Any]:
+        """What :meth:`Checkpoint.settings` and :meth:`Checkpoint.sample` take: m, n, guidance and outer_grid."""
+        from students.times import grid_of
 
-        return None if self.times is None else torch.tensor((0.0, *reversed(self.times)), dtype=torch.float64)
+        outer_grid = None if self.times is None else grid_of(self.times)
+        return {"m": self.m, "n": self.n, "guidance": self.guidance, "outer_grid": outer_grid}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +219,7 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
         ConfigError: settings that do not suit the model, or a broken manifest.
     """
     base = checkpoint.base
-    model = checkpoint.settings(settings.m, settings.n, settings.guidance, settings.times)
+    model = checkpoint.settings(**settings.sampling())
     size: dict[str, Any] = {"size": [base.height, base.width], "frames": base.frames, "fps": base.fps}
     if base.vae_tiling:
         size["vae_tiling"] = True

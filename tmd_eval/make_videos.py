@@ -118,10 +118,7 @@ def _sample(work: Plan, batch: Sequence[Unit]) -> tuple[np.ndarray, float]:
     videos = work.checkpoint.sample(
         [unit.text for unit in batch],
         [unit.seed for unit in batch],
-        m=work.settings.m,
-        n=work.settings.n,
-        guidance=work.settings.guidance,
-        outer_grid=work.settings.outer_grid(),
+        **work.settings.sampling(),
     ).numpy()
     return videos, (time.perf_counter() - start) / len(batch)  # encoding of texts and decoding included, writing not
 

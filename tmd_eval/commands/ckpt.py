@@ -53,13 +53,13 @@ def convert(
     """
     from students.errors import ConfigError
     from students.foreign import Schedule
-    from students.times import read_times
+    from students.times import grid_of, read_times
     from tmd_eval.checkpoints import convert as bring_in
     from tmd_eval.checkpoints import inspect as look
 
     schedule = None
     if times is not None:
-        grid = (0.0, *reversed(read_times(times)))
+        grid = tuple(grid_of(read_times(times)).tolist())
         schedule = Schedule(method=method or "student", outer_grid=grid, sampler=sampler or "ode", source="--times")
     elif sampler is not None or method is not None:
         raise ConfigError("--sampler and --method go with --times; give the times too.")

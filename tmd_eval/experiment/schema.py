@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 from students.errors import ConfigError
@@ -327,8 +326,13 @@ def _require(holds: bool, message: str) -> None:
 
 def _falls(times: Any) -> bool:
     """Whether these are times from noise to data, 1 >= t_M > ... > t_1 > 0."""
-    numbers = isinstance(times, list | tuple) and all(isinstance(t, int | float) for t in times)
-    return bool(numbers and times) and all(a > b for a, b in pairwise([1 + 1e-12, *times, 0]))
+    from students.times import check_grid, grid_of
+
+    try:
+        check_grid(grid_of(times))
+    except (ConfigError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _positive(part: Any, *names: str) -> None:

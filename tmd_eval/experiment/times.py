@@ -47,7 +47,7 @@ def time_rows(
     """
     import torch
 
-    from tmd_eval.generate import open_model
+    from tmd_eval.generate import Settings, open_model
     from tmd_eval.prompts import load_prompts
     from tmd_eval.provenance import provenance
 
@@ -74,11 +74,10 @@ def time_rows(
         seconds: dict[str, list[float]] = defaultdict(list)
         for turn in range(repeats + 1):
             for place, (name, job) in enumerate(jobs.items()):
-                settings = {key: job.spec["settings"][key] for key in ("m", "n", "guidance")}
-                if times := job.spec["settings"].get("times"):
-                    settings["outer_grid"] = torch.tensor([0.0, *reversed(times)], dtype=torch.float64)
+                settings = {key: job.spec["settings"].get(key) for key in ("m", "n", "guidance", "times")}
+                sampling = Settings(**settings).sampling()
                 start = time.perf_counter()
-                models[name].sample(prompts, range(len(prompts)), **settings)  # frames on the CPU: the device is done
+                models[name].sample(prompts, range(len(prompts)), **sampling)  # frames on the CPU: the device is done
                 if turn:
                     seconds[name].append((time.perf_counter() - start) / len(prompts))
                 told(turn * len(jobs) + place + 1, (repeats + 1) * len(jobs))

@@ -109,9 +109,7 @@ def _generate(out: Path, job: Job, command: str) -> None:
     spec, place = job.spec, store.folder(out, job)
     checkpoint = spec["base"] if spec["checkpoint"] is None else str(out / spec["checkpoint"])
     lines = spec["settings"]["lines"]
-    times = spec["settings"].get("times")
-    tuples = {"lines": None if lines is None else tuple(lines), "times": None if times is None else tuple(times)}
-    settings = generation.Settings(**{**spec["settings"], **tuples})
+    settings = generation.Settings(**{**spec["settings"], "lines": None if lines is None else tuple(lines)})
     prompts = load_prompts(spec["prompts"], count=spec["count"])
     mark = store.checkpoint_mark(out, job)
     generation.run(checkpoint, prompts, place, settings, command=command)
