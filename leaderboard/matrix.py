@@ -212,6 +212,8 @@ class Matrix:
     """How the authors of the experiment read it as a whole."""
     pooled: bool
     """Whether the spread between seeds is taken from all rows together."""
+    imported: int = 0
+    """Runs among the rows' that were taken in as records: scored elsewhere, their videos and weights are not here."""
 
     @cached_property
     def by_key(self) -> dict[str, MatrixRow]:
@@ -291,6 +293,7 @@ def report_json(matrix: Matrix) -> dict[str, Any]:
         ],
         "steps": [asdict(step) for step in matrix.steps],
         "packages": matrix.packages,
+        "imported": matrix.imported,
         "pooled": matrix.pooled,
         "missing": list(matrix.missing),
         "notes": list(matrix.notes),

@@ -5,10 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from leaderboard.clips import data_uri, decode
+from leaderboard.errors import LeaderboardError
 from leaderboard.matrix import MatrixRow
 from leaderboard.run_folder import read_manifest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PROMPTS = 5
 """Prompts on a sheet, at most."""
@@ -44,27 +50,17 @@ def row_sheet(row: MatrixRow) -> RowSheet | None:
     """
     from PIL import Image
 
-    videos: dict[str, list[tuple[int, str]]] = {}
-    names: list[str] = []
-    for number, run in enumerate(row.runs):
+    videos: dict[str, list[tuple[Path, str]]] = {}
+    for run in row.runs:
         if not (run / "manifest.jsonl").is_file():
             return None
-        rows = sorted(read_manifest(run), key=lambda line: (int(line.get("line", 0)), int(line.get("index", 0))))
-        for line in rows:
-            prompt = str(line.get("prompt"))
-            if prompt in videos or (not number and len(videos) < PROMPTS):
-                videos.setdefault(prompt, []).append((number, str(line["video"]).rsplit("/", 1)[-1]))
-        names = list(videos)
-    pictures = []
-    for prompt in names:
-        chosen = videos[prompt][:CLIPS]
-        frames = [decode(row.runs[number] / "videos" / name)[0] for number, name in chosen]
-        pictures.append([clip[len(clip) // 2] for clip in frames])
+        for prompt, name in sheet_clips(run):
+            videos.setdefault(prompt, []).append((run, name))
+    names = list(videos)[:PROMPTS]
+    pictures = [[still(run, name) for run, name in videos[prompt][:CLIPS]] for prompt in names]
     if not pictures:
         return None
     width, height = pictures[0][0].size
-    if width > WIDTH:
-        width, height = WIDTH, round(height * WIDTH / width)
     columns = max(len(shots) for shots in pictures)
     size = (columns * (width + GAP) - GAP, len(pictures) * (height + GAP) - GAP)
     sheet = Image.new("RGB", size, "white")
@@ -79,6 +75,43 @@ def row_sheet(row: MatrixRow) -> RowSheet | None:
         row=row, image=data_uri("webp", data.getvalue()), width=size[0], height=size[1], prompts=tuple(names),
         clips=columns,
     )  # fmt: skip
+
+
+def sheet_clips(run: Path) -> list[tuple[str, str]]:
+    """The clips of a run that a sheet may show: prompt and name of the video, for the first prompts.
+
+    Raises:
+        LeaderboardError: the manifest is unreadable.
+    """
+    rows = sorted(read_manifest(run), key=lambda line: (int(line.get("line", 0)), int(line.get("index", 0))))
+    found: dict[str, list[str]] = {}
+    for line in rows:
+        prompt = str(line.get("prompt"))
+        if prompt in found or len(found) < PROMPTS:
+            found.setdefault(prompt, []).append(str(line["video"]).rsplit("/", 1)[-1])
+    return [(prompt, name) for prompt, names in found.items() for name in names[:CLIPS]]
+
+
+def still(run: Path, video: str) -> Image.Image:
+    """The middle frame of a clip, scaled down to the width of a sheet: from ``stills/`` or else from the video.
+
+    Raises:
+        LeaderboardError: neither can be read.
+    """
+    from PIL import Image
+
+    kept = run / "stills" / f"{Path(video).stem}.webp"
+    if kept.is_file():
+        try:
+            with Image.open(kept) as opened:
+                return opened.convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise LeaderboardError(f"Cannot read the picture {kept} ({error}); import its record again.") from error
+    frames = decode(run / "videos" / video)[0]
+    picture: Image.Image = frames[len(frames) // 2]
+    if picture.width > WIDTH:
+        picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)))
+    return picture
 
 
 def row_sheets(rows: Sequence[MatrixRow]) -> list[RowSheet]:

@@ -350,7 +350,7 @@ def test_every_row_is_timed_in_turn_and_the_report_shows_it(
     assert run(Options(file=world / "experiment.yaml", out=copy)).made == 0
     with pytest.raises(ConfigError, match="at least 2 rounds"):
         time_rows(world / "experiment.yaml", copy, repeats=1)
-    with pytest.raises(ConfigError, match="no finished cell yet"):
+    with pytest.raises(ConfigError, match="no finished cell with its weights"):
         time_rows(world / "experiment.yaml", tmp_path / "empty")
     with store.run_lock(copy), pytest.raises(ConfigError, match="Another tmd-eval"):
         time_rows(world / "experiment.yaml", copy)

@@ -140,6 +140,67 @@ def time(
     typer.echo(f"Write the report: tmd-eval experiment report {file}{f' --out {out}' if out else ''}")
 
 
+@app.command("export")
+def export_(
+    file: File,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the records.")],
+    out: Out = None,
+    json_: Json = False,
+) -> None:
+    """Write finished cells as small files (scores, provenance, stills) that outlive this machine.
+
+    Example: tmd-eval experiment export examples/micro_matrix.yaml --to reports/micro-matrix/cells
+    """
+    import json
+
+    from tqdm import tqdm
+
+    from tmd_eval.experiment.plan import load, make_plan
+    from tmd_eval.experiment.records import export_records
+
+    folder = _folder(file, out)
+    loaded = load(file, folder)
+    with tqdm(unit="cell", disable=None) as bar:
+
+        def told(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        written = export_records(loaded, make_plan(loaded, folder), folder, to, told=told)
+    if json_:
+        typer.echo(json.dumps({"written": [str(path) for path in written]}))
+        return
+    typer.echo(f"{len(written)} records written to {to}")
+    typer.echo(f"Take them in elsewhere: tmd-eval experiment import {file} --from {to}")
+
+
+@app.command("import")
+def import_(
+    file: File,
+    source: Annotated[Path, typer.Option("--from", metavar="DIR", help="Folder of the records.")],
+    out: Out = None,
+    json_: Json = False,
+) -> None:
+    """Take in finished cells from another machine; a run then makes what is still missing.
+
+    Example: tmd-eval experiment import examples/micro_matrix.yaml --from reports/micro-matrix/cells
+    """
+    import json
+    from dataclasses import asdict
+
+    from tmd_eval.experiment.records import import_records
+
+    folder = _folder(file, out)
+    found = import_records(file, folder, source)
+    if json_:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    typer.echo(f"{len(found.taken)} cells taken in, {len(found.there)} there before")
+    if found.foreign:
+        typer.echo(f"{len(found.foreign)} records belong to no cell of {file}, such as {found.foreign[0]}")
+    typer.echo(f"Go on with: tmd-eval experiment run {file}{f' --out {out}' if out else ''}")
+
+
 def _folder(file: Path, out: Path | None) -> Path:
     """--out, or the file's own."""
     if out is not None:

@@ -76,6 +76,7 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
         missing=tuple(_missing(plan, out, planned.values(), {cell.name for cell in finished})),
         notes=experiment.notes,
         pooled=experiment.pool_seeds,
+        imported=sum((out / "cells" / cell.name / store.RECORD).is_file() for cell in finished),
     )
     return replace(matrix, rows=tuple(replace(row, pools=matrix.pools) for row in rows))
 
@@ -177,7 +178,7 @@ def _minutes(out: Path, cells: Sequence[Cell]) -> float | None:
     for cell in cells:
         seconds = 0.0
         for training in cell.trainings:
-            record = store.read_json(out / "train" / training_name(training) / "checkpoint" / "student.json")
+            record = store.training_record(out, cell.name, training_name(training))
             if record is None:
                 return None
             training_record = record["training"]

@@ -7,6 +7,9 @@ OUT/measured/KEY.json     measured steps, for estimates of time
 OUT/logs/JOB.log          what a job said; JOB.failed its error
 OUT/tuning.json           trials and chosen settings
 OUT/tmd-eval.db, OUT/report/
+
+A cell whose folder holds record.json was imported (tmd_eval/experiment/records.py): its scores are here, its videos and
+its student's weights are not.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +29,8 @@ from tmd_eval.files import write_json
 
 Kind = Literal["measure", "train", "generate", "score"]
 PLAN = "plan.json"
+RECORD = "record.json"
+"""In the folder of a cell that was imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +121,16 @@ def folder(out: Path, job: Job) -> Path:
 
 
 def done(out: Path, job: Job) -> bool:
-    """Whether a job's output is there and whole, as cheaply as can be told."""
+    """Whether a job's output is there and whole, as cheaply as can be told; of an imported cell, its scores."""
     place = folder(out, job)
     if job.kind == "measure":
         return place.is_file()
     if job.kind == "train":
         record = read_json(place / "checkpoint" / "student.json")
         return record is not None and record.get("training", {}).get("iteration") == job.spec["config"]["iterations"]
+    if (place / RECORD).is_file():
+        versions = (read_json(place / "scored.json") or {}).get("metrics")
+        return versions == job.spec["metrics"] and (place / "scores" / "summary.json").is_file()
     made = read_json(place / "generated.json")
     if made is None or made.get("checkpoint") != checkpoint_mark(out, job) or not _all_videos(place, made["videos"]):
         return False
@@ -130,6 +138,43 @@ def done(out: Path, job: Job) -> bool:
         return True
     scored = read_json(place / "scored.json")
     return scored == score_mark(place, job) and (place / "scores" / "summary.json").is_file()
+
+
+def lacking(out: Path, jobs: Iterable[Job]) -> set[str]:
+    """Ids of the jobs to do: their output is missing, or rests on something that is.
+
+    A training is lacking where something that is needs it: cells that were imported do without.
+
+    Args:
+        out: folder of the run.
+        jobs: those that others need come first; jobs they need that are not among them count as done.
+    """
+    ordered = list(jobs)
+    found: set[str] = set()
+    for job in ordered:
+        if job.kind != "train" and (not found.isdisjoint(job.after) or not done(out, job)):
+            found.add(job.id)
+    needed = {other for job in ordered if job.id in found for other in job.after}
+    for job in reversed(ordered):
+        if job.kind == "train" and job.id in needed and not done(out, job):
+            found.add(job.id)
+            needed |= set(job.after)
+    return found
+
+
+def weights_here(out: Path, job: Job) -> bool:
+    """Whether the student that a cell samples is in this folder; those of imported cells are not."""
+    student = job.spec["checkpoint"]
+    return student is None or (out / student / "student.json").is_file()
+
+
+def training_record(out: Path, cell: str, training: str) -> dict[str, Any] | None:
+    """The student.json of a training, from its folder or from the record of an imported cell."""
+    student = read_json(out / "train" / training / "checkpoint" / "student.json")
+    if student is not None:
+        return student
+    record = read_json(out / "cells" / cell / RECORD) or {}
+    return (record.get("trainings") or {}).get(training)
 
 
 def checkpoint_mark(out: Path, job: Job) -> str:
@@ -237,9 +282,10 @@ State = Literal["done", "running", "failed", "blocked", "waiting"]
 def states(out: Path, jobs: Mapping[str, Job]) -> dict[str, State]:
     """The state of every job; blocked: a job it needs has failed."""
     found: dict[str, State] = {}
+    left = lacking(out, jobs.values())
     for key, job in jobs.items():  # an order in which needed jobs come first
         before = [found[other] for other in job.after if other in found]
-        if all(state == "done" for state in before) and done(out, job):
+        if key not in left:
             found[key] = "done"
         elif failure(out, job) is not None:
             found[key] = "failed"

@@ -31,6 +31,8 @@ def time_rows(
 ) -> dict[str, Any]:
     """Sample every finished row in turn, one round to warm up and ``repeats`` more, and write ``times.json``.
 
+    Rows of imported cells, whose weights are not here, are left out.
+
     Args:
         file: the experiment.
         out: its folder.
@@ -59,9 +61,12 @@ def time_rows(
         planned = {cell.name: plan.jobs[cell.jobs[-1]] for cell in plan.cells}
         rows: dict[Any, Job] = {}
         for cell in finished_cells(loaded, plan, out):
-            rows.setdefault(cell.row, planned[cell.name])
+            if store.weights_here(out, planned[cell.name]):
+                rows.setdefault(cell.row, planned[cell.name])
         if not rows:
-            raise ConfigError(f"{out} holds no finished cell yet; run: tmd-eval experiment run {file} --out {out}")
+            raise ConfigError(
+                f"{out} holds no finished cell with its weights; run: tmd-eval experiment run {file} --out {out}"
+            )
         jobs = {job.name: job for job in rows.values()}
         gpu = torch.cuda.is_available()
         if not gpu:

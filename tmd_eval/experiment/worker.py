@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import threading
 import time
@@ -112,6 +113,8 @@ def _generate(out: Path, job: Job, command: str) -> None:
     settings = generation.Settings(**{**spec["settings"], "lines": None if lines is None else tuple(lines)})
     prompts = load_prompts(spec["prompts"], count=spec["count"])
     mark = store.checkpoint_mark(out, job)
+    if (place / store.RECORD).is_file():  # of an older version of the metrics
+        shutil.rmtree(place)
     generation.run(checkpoint, prompts, place, settings, command=command)
     write_json(place / "generated.json", {"checkpoint": mark, "videos": spec["videos"]})
 
