@@ -142,12 +142,12 @@ def _pack(out: Path, job: Job, trainings: list[Job]) -> bytes:
         except LeaderboardError as error:
             raise ConfigError(str(error)) from error
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:xz", preset=6) as archive:
+    with tarfile.open(fileobj=packed, mode="w") as archive:
         for name, data in files.items():  # owner, mode and time are fixed: the same cell gives the same bytes
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
-    return packed.getvalue()
+    return lzma.compress(packed.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
 
 def _lean(manifest: Path) -> Iterator[str]:
