@@ -7,6 +7,9 @@ OUT/measured/KEY.json     measured steps, for estimates of time
 OUT/logs/JOB.log          what a job said; JOB.failed its error
 OUT/tuning.json           trials and chosen settings
 OUT/tmd-eval.db, OUT/report/
+
+A cell whose folder holds record.json came from elsewhere (``experiment import``): its scores are here, its videos and
+its student's weights are not.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +29,8 @@ from tmd_eval.files import write_json
 
 Kind = Literal["measure", "train", "generate", "score"]
 PLAN = "plan.json"
+RECORD = "record.json"
+"""In the folder of a cell or training that was imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,20 +121,47 @@ def folder(out: Path, job: Job) -> Path:
 
 
 def done(out: Path, job: Job) -> bool:
-    """Whether a job's output is there and whole, as cheaply as can be told."""
+    """Whether a job's output is there and whole, as cheaply as can be told; of an imported cell, its scores."""
     place = folder(out, job)
     if job.kind == "measure":
         return place.is_file()
     if job.kind == "train":
         record = read_json(place / "checkpoint" / "student.json")
         return record is not None and record.get("training", {}).get("iteration") == job.spec["config"]["iterations"]
+    if (place / RECORD).is_file():
+        return job.kind == "generate" or _scored(place, job)
     made = read_json(place / "generated.json")
     if made is None or made.get("checkpoint") != checkpoint_mark(out, job) or not _all_videos(place, made["videos"]):
         return False
-    if job.kind == "generate":
-        return True
+    return job.kind == "generate" or _scored(place, job)
+
+
+def _scored(place: Path, job: Job) -> bool:
     scored = read_json(place / "scored.json")
     return scored == score_mark(place, job) and (place / "scores" / "summary.json").is_file()
+
+
+def lacking(out: Path, jobs: Iterable[Job]) -> set[str]:
+    """Ids of the jobs to do: their output is missing, or rests on something that is.
+
+    A training is not lacking where all that needs it was imported.
+
+    Args:
+        out: folder of the run.
+        jobs: those that others need come first; jobs they need that are not among them count as done.
+    """
+    ordered = list(jobs)
+    found: set[str] = set()
+    dormant: set[str] = set()
+    for job in ordered:
+        if job.kind == "train" and not done(out, job) and (folder(out, job) / RECORD).is_file():
+            dormant.add(job.id)
+        elif any(other in found for other in job.after) or not done(out, job):
+            found.add(job.id)
+    for job in reversed(ordered):  # a job that is lacking wakes the training that it starts from
+        if job.id in found:
+            found |= dormant.intersection(job.after)
+    return found
 
 
 def checkpoint_mark(out: Path, job: Job) -> str:
@@ -237,9 +269,10 @@ State = Literal["done", "running", "failed", "blocked", "waiting"]
 def states(out: Path, jobs: Mapping[str, Job]) -> dict[str, State]:
     """The state of every job; blocked: a job it needs has failed."""
     found: dict[str, State] = {}
+    left = lacking(out, jobs.values())
     for key, job in jobs.items():  # an order in which needed jobs come first
         before = [found[other] for other in job.after if other in found]
-        if all(state == "done" for state in before) and done(out, job):
+        if key not in left:
             found[key] = "done"
         elif failure(out, job) is not None:
             found[key] = "failed"

@@ -171,11 +171,9 @@ def _cell_jobs(cell: Cell, loaded: Loaded) -> tuple[Job, Job]:
 
 def unfinished(out: Path, jobs: Iterable[Job]) -> list[Job]:
     """The jobs whose output is missing or rests on something that is."""
-    lacking: dict[str, Job] = {}
-    for job in jobs:
-        if any(other in lacking for other in job.after) or not store.done(out, job):
-            lacking[job.id] = job
-    return list(lacking.values())
+    asked = list(jobs)
+    left = store.lacking(out, asked)
+    return [job for job in asked if job.id in left]
 
 
 def finished_cells(loaded: Loaded, plan: Plan, out: Path) -> list[Cell]:
