@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from students.errors import ConfigError
+from students.errors import ConfigError, QualityGateError
 from tmd_eval import rerun
+from tmd_eval.cli import app
 
 
 def metric(value: float, half: float) -> dict[str, float]:
@@ -65,3 +67,21 @@ def test_the_command_runs_again_into_another_folder(tmp_path: Path, monkeypatch:
     assert [row["agrees"] for row in rows] == [True]
     with pytest.raises(ConfigError, match="is not empty"):
         rerun.rerun(old, tmp_path / "new")
+
+
+def test_a_report_is_compared_with_one_that_is_there(tmp_path: Path):
+    """As after a matrix that was stopped, and finished with its own command; rows under two budgets stay apart."""
+    old, new = tmp_path / "old", tmp_path / "new" / "report"
+    for folder, values in ((old, (0.5, 0.7)), (new, (0.51, 0.9))):
+        folder.mkdir(parents=True)
+        rows = [
+            {"name": "student", "budget": budget, "metrics": {"joint": metric(value, 0.03)}}
+            for budget, value in zip(("updates", "compute"), values, strict=True)
+        ]
+        (folder / "report.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(QualityGateError, match="1 of 2 figures differ: student, compute / joint"):
+        CliRunner().invoke(app, ["rerun", str(old), "--against", str(tmp_path / "new")], catch_exceptions=False)
+    agrees = {row["figure"]: row["agrees"] for row in rerun.against(old, tmp_path / "new")}
+    assert agrees == {"student, updates / joint": True, "student, compute / joint": False}
+    with pytest.raises(ConfigError, match="has no figures"):
+        rerun.against(old, tmp_path)

@@ -38,11 +38,15 @@ def recorded_command(folder: Path) -> list[str]:
 
 
 def figures(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name of each figure, "row / metric" in a report, to its value, low and high."""
+    """Name of each figure to its value, low and high; in a report "row / metric", the budget being part of the row."""
     report, summary = folder / "report.json", folder / "scores" / "summary.json"
     if report.is_file():
         rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
-        return {f"{row['name']} / {name}": metric for row in rows for name, metric in row["metrics"].items()}
+        names = [f"{row['name']}, {row['budget']}" if row.get("budget") else row["name"] for row in rows]
+        metrics = [row["metrics"] for row in rows]
+        return {
+            f"{name} / {key}": metric for name, own in zip(names, metrics, strict=True) for key, metric in own.items()
+        }
     if summary.is_file():
         return json.loads(summary.read_text(encoding="utf-8"))
     raise ConfigError(f"{folder} has no figures: neither report.json nor scores/summary.json.")
@@ -81,12 +85,28 @@ def rerun(folder: Path, out: Path) -> list[dict[str, Any]]:
         TmdError: the command failed.
     """
     words = recorded_command(folder)
-    old = figures(folder)
+    figures(folder)  # before hours of work
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; choose another --out for the new run.")
     words[words.index("--out") + 1] = str(out)
     code = subprocess.call([sys.executable, "-m", "tmd_eval.cli", *words], stdout=sys.stderr)
     if code:
         raise TmdError(f"the command ended with exit code {code}: tmd-eval {shlex.join(words)}")
-    made = next((f for f in (out / "report", out) if (f / "report.json").is_file()), out)
-    return list(compare(old, figures(made)))
+    return against(folder, out)
+
+
+def against(folder: Path, made: Path) -> list[dict[str, Any]]:
+    """Compare a report or run with one that was made before.
+
+    Args:
+        folder: report or run.
+        made: the other, or the folder of an experiment with its report.
+
+    Returns:
+        Rows of :func:`compare`.
+
+    Raises:
+        ConfigError: one of them has no figures.
+    """
+    other = next((place for place in (made / "report", made) if (place / "report.json").is_file()), made)
+    return list(compare(figures(folder), figures(other)))
