@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def summarize(
         completeness: share of the expected clips that are here, written into every entry.
     """
     stated = [parse_caption(c) for c in captions]
-    clusters = np.unique(np.array(captions), return_inverse=True)[1]
+    clusters = _clusters(captions)
     verdicts = [compare(r, a) for r, a in zip(readings, stated, strict=True)]
     summary = {}
     for name in ATTRIBUTES:
@@ -95,20 +96,52 @@ def summarize(
             values = np.array([float(v[name]) for v in verdicts if name in v])
             interval = mean_interval(values, clusters[having])
             summary[f"alignment_{name}"] = _entry(interval, len(values), completeness, JUDGE_VERSION)
-    real = real_clips(captions)
+    real = _real(tuple(captions))
     n = len(clips)
-    if n >= MIN_FRECHET:
-        reference = features(real)
-        second = features(real_clips(captions, SECOND_SEED))
-        for name, sample in (("frechet", features(clips)), ("frechet_real", second)):
-            result = frechet_interval(sample, reference, clusters, seed=SEED)
-            summary[name] = _entry(result, n, completeness, FRECHET_VERSION)
-    repeated = int((np.bincount(clusters)[clusters] >= 2).sum())
-    if repeated:
-        of_real = nuisance_table([read_attributes(c) for c in real], stated)
-        for name, result in diversity(nuisance_table(readings, stated), of_real, clusters, seed=SEED).items():
-            summary[name] = _entry(result, repeated, completeness, DIVERSITY_VERSION)
+    if real.features is not None:
+        result = frechet_interval(features(clips), real.features, clusters, seed=SEED)
+        summary["frechet"] = _entry(result, n, completeness, FRECHET_VERSION)
+        summary["frechet_real"] = _entry(real.frechet, n, completeness, FRECHET_VERSION)
+    if real.nuisances is not None:
+        made = nuisance_table(readings, stated)
+        for name, result in diversity(made, real.nuisances, clusters, seed=SEED).items():
+            summary[name] = _entry(result, _repeated(clusters), completeness, DIVERSITY_VERSION)
     return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Real:
+    """What real clips of some captions measure."""
+
+    features: np.ndarray | None
+    """Of one real clip a caption, (n, 48); None below ``MIN_FRECHET`` captions."""
+    frechet: tuple[float, float, float]
+    """Fréchet distance of a second real set to the first, with its interval."""
+    nuisances: np.ndarray | None
+    """(n, d); None where no caption stands twice."""
+
+
+@lru_cache(maxsize=2)
+def _real(captions: tuple[str, ...]) -> _Real:
+    """As many real clips as a run has, measured once for all runs of the same captions: half of what scoring costs."""
+    real, clusters = real_clips(captions), _clusters(captions)
+    reference, frechet, nuisances = None, (np.nan, np.nan, np.nan), None
+    if len(captions) >= MIN_FRECHET:
+        reference = features(real)
+        frechet = frechet_interval(features(real_clips(captions, SECOND_SEED)), reference, clusters, seed=SEED)
+    if _repeated(clusters):
+        nuisances = nuisance_table([read_attributes(clip) for clip in real], [parse_caption(c) for c in captions])
+    return _Real(features=reference, frechet=frechet, nuisances=nuisances)
+
+
+def _clusters(captions: Sequence[str]) -> np.ndarray:
+    """Number of the prompt of each clip."""
+    return np.unique(np.array(captions), return_inverse=True)[1]
+
+
+def _repeated(clusters: np.ndarray) -> int:
+    """How many clips share their prompt with another."""
+    return int((np.bincount(clusters)[clusters] >= 2).sum())
 
 
 def _rows(run: Path) -> list[_Video]:
