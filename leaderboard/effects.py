@@ -12,6 +12,14 @@ quantile of Student's t (with Satterthwaite's degrees of freedom for the seeds o
 squares. Where two rows sample the same students (at another N or M), each seed that both have gives a difference, and
 these are treated like the values of one row. With 2 or 3 seeds the percentiles of a bootstrap over seeds and prompts
 cover the truth in 80 to 90 % of cases instead of 95 % (tests/test_effects.py simulates both).
+
+Rows of one family (a method at one M and budget: an ablation and its row, other N and H) train on the same random
+numbers, seed by seed, so what a seed does to one it mostly does to all. They are a block design, the seeds its blocks:
+
+    value = row + seed + noise,
+
+whose noise, estimated from all rows of the family by least squares (:func:`blocked`), is what is left of the training
+in a difference of two of its rows, which is taken over the seeds that both have.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NORMAL = 1.959964  # 97.5 % quantile of the normal distribution
+MIN_DEGREES = 3  # of a family's noise: with 2, Student's t makes up for all that pairing gains
 Floats = NDArray[np.float64]
 Verdict = Literal["holds", "does not hold", "undecided"]
 
@@ -43,6 +52,10 @@ class Scores:
     """False for the base model, which has no training noise."""
     students: tuple[str, ...] = ()
     """What tells the trained student of each seed; rows with the same ones share their training noise."""
+    family: str = ""
+    """Rows of one family train on the same random numbers at the same seed; "" for none."""
+    numbers: tuple[int, ...] = ()
+    """The seeds, where there is a family."""
 
     @property
     def seeds(self) -> int:
@@ -65,12 +78,12 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Spread between training seeds, taken from many rows together."""
+    """Noise of training, taken from many rows together."""
 
     variance: float
-    """Mean variance between the seeds of one row."""
+    """Mean variance between the seeds of one row, or of a difference of two rows."""
     degrees: int
-    """Sum of S - 1 over the rows."""
+    """Its degrees of freedom."""
 
 
 def pooled(rows: Iterable[Scores]) -> Pool | None:
@@ -84,6 +97,36 @@ def pooled(rows: Iterable[Scores]) -> Pool | None:
     if not degrees:
         return None
     return Pool(variance=sum(count * variance for count, variance in parts) / degrees, degrees=degrees)
+
+
+def blocked(rows: Iterable[Scores]) -> Pool | None:
+    """The noise of a difference of two rows of a family at one seed: twice that of value = row + seed + noise.
+
+    Args:
+        rows: one metric of the rows of one family; those that sample students of an earlier one are left out.
+
+    Returns:
+        Variance and degrees of freedom; None below ``MIN_DEGREES``, where pairing costs more than it gains.
+    """
+    kept: list[Scores] = []
+    seen: set[str] = set()
+    for row in rows:
+        if row.trained and row.seeds > 1 and seen.isdisjoint(row.students):
+            kept.append(row)
+            seen |= set(row.students)
+    if not kept:
+        return None
+    place = [(i, number) for i, row in enumerate(kept) for number in row.numbers]
+    numbers = sorted({number for _, number in place})
+    design = np.zeros((len(place), len(kept) + len(numbers)))
+    for line, (i, number) in enumerate(place):
+        design[line, [i, len(kept) + numbers.index(number)]] = 1
+    values = np.concatenate([row.values for row in kept])
+    fitted, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    degrees = len(values) - int(rank)
+    if degrees < MIN_DEGREES:
+        return None
+    return Pool(variance=2 * float(((values - design @ fitted) ** 2).sum()) / degrees, degrees=degrees)
 
 
 def estimate(row: Scores, *, pool: Pool | None = None, bounds: tuple[float, float] | None = None) -> Estimate:
@@ -105,17 +148,21 @@ def estimate(row: Scores, *, pool: Pool | None = None, bounds: tuple[float, floa
     return _interval(value, seeds, [prompts], _rest(row), over_seeds, bounds)
 
 
-def difference(a: Scores, b: Scores, *, pool: Pool | None = None) -> Estimate:
+def difference(a: Scores, b: Scores, *, pool: Pool | None = None, block: Pool | None = None) -> Estimate:
     """The metric of a minus that of b.
 
     Args:
         a: one row.
         b: another one, on the same prompts.
         pool: spread between seeds to use where it is larger than a row's own.
+        block: where both are of one family, the noise of a difference at one seed (:func:`blocked`), to use where it is
+            larger than their own.
     """
     common = [student for student in a.students if student in b.students]
     if common and len(common) == min(len(a.students), len(b.students)):
-        return estimate(_of_same_students(_only(a, common), _only(b, common)))
+        return estimate(_seed_by_seed(a, b, a.students, b.students))
+    if block is not None and len(set(a.numbers) & set(b.numbers)) > 1:
+        return estimate(_seed_by_seed(a, b, a.numbers, b.numbers), pool=block)
     value = float(a.values.mean() - b.values.mean())
     (seeds_a, over_a), (seeds_b, over_b) = _seeds(a, pool), _seeds(b, pool)
     rest = 0.0
@@ -134,19 +181,20 @@ def difference(a: Scores, b: Scores, *, pool: Pool | None = None) -> Estimate:
     return _interval(value, seeds, prompts, rest, over_seeds, None)
 
 
-def _only(row: Scores, students: Sequence[str]) -> Scores:
-    kept = [row.students.index(student) for student in students]
-    prompts = None if row.prompts is None else row.prompts[kept]
-    return replace(row, values=row.values[kept], ranges=row.ranges[kept], prompts=prompts, students=tuple(students))
-
-
-def _of_same_students(a: Scores, b: Scores) -> Scores:
-    """The differences, seed by seed, of two rows that sample the same students."""
+def _seed_by_seed(a: Scores, b: Scores, of_a: Sequence[object], of_b: Sequence[object]) -> Scores:
+    """The differences of two rows at what both have, such as students or seeds."""
+    common = [one for one in of_a if one in of_b]
+    a, b = _only(a, [of_a.index(one) for one in common]), _only(b, [of_b.index(one) for one in common])
     values = a.values - b.values
     table = a.prompts - b.prompts if _paired(a, b) else None  # type: ignore[operator]
     half = np.hypot(*(np.diff(row.ranges, axis=1)[:, 0] / 2 for row in (a, b)))
     ranges = np.stack([values - half, values + half], axis=1)
     return Scores(values=values, ranges=ranges, prompts=table, trained=a.trained)
+
+
+def _only(row: Scores, kept: Sequence[int]) -> Scores:
+    prompts = None if row.prompts is None else row.prompts[kept]
+    return replace(row, values=row.values[kept], ranges=row.ranges[kept], prompts=prompts)
 
 
 def _paired(a: Scores, b: Scores) -> bool:

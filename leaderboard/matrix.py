@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leaderboard.display import phrase
-from leaderboard.effects import Estimate, Pool, Scores, difference, estimate, pooled, verdict
+from leaderboard.effects import Estimate, Pool, Scores, blocked, difference, estimate, pooled, verdict
 from leaderboard.models import Metric
 
 
@@ -230,6 +230,17 @@ class Matrix:
         return {name: pool for name, pool in found.items() if pool is not None}
 
     @cached_property
+    def blocks(self) -> dict[tuple[str, str], Pool]:
+        """Noise of a difference at one seed by family and metric, where the spread is pooled."""
+        families: dict[tuple[str, str], list[Scores]] = {}
+        for row in self.rows if self.pooled else ():
+            for name, scores in row.scores.items():
+                if scores.family:
+                    families.setdefault((scores.family, name), []).append(scores)
+        found = {key: blocked(members) for key, members in families.items()}
+        return {key: block for key, block in found.items() if block is not None}
+
+    @cached_property
     def decisions(self) -> list[Decision]:
         """Every claim with its verdict."""
         return [self._decide(claim) for claim in self.claims]
@@ -239,7 +250,11 @@ class Matrix:
         other = self.by_key.get(row.baseline or "")
         if other is None or metric not in row.scores or metric not in other.scores:
             return None
-        return difference(row.scores[metric], other.scores[metric], pool=self.pools.get(metric))
+        return self._difference(row.scores[metric], other.scores[metric], metric)
+
+    def _difference(self, a: Scores, b: Scores, metric: str) -> Estimate:
+        block = self.blocks.get((a.family, metric)) if a.family == b.family else None
+        return difference(a, b, pool=self.pools.get(metric), block=block)
 
     def _decide(self, claim: MatrixClaim) -> Decision:
         a, b = self.by_key.get(claim.a), self.by_key.get(claim.b)
@@ -247,7 +262,7 @@ class Matrix:
             lacking = claim.names[0] if a is None or claim.metric not in a.scores else claim.names[1]
             reason = f"not measured yet: {phrase(claim.metric)} of {lacking}"
             return Decision(claim=claim, verdict="undecided", reason=reason, effect=None, n=0, seeds=0)
-        effect = difference(a.scores[claim.metric], b.scores[claim.metric], pool=self.pools.get(claim.metric))
+        effect = self._difference(a.scores[claim.metric], b.scores[claim.metric], claim.metric)
         found, reason = verdict(effect, claim.direction, claim.margin)
         trained = [len(row.seeds) for row in (a, b) if row.role == "student"] or [len(a.seeds), len(b.seeds)]
         n = min(_prompts(a, claim.metric), _prompts(b, claim.metric))
@@ -300,6 +315,11 @@ def report_json(matrix: Matrix) -> dict[str, Any]:
     }
 
 
+def _values(row: MatrixRow, number: int) -> dict[str, float]:
+    """Every metric of one seed."""
+    return {name: float(scores.values[number]) for name, scores in sorted(row.scores.items())}
+
+
 def _row_json(row: MatrixRow) -> dict[str, Any]:
     fields = ("name", "role", "method", "m", "n", "h", "effective_nfe", "seconds_per_video")
     more = ("budget", "ablation", "forward_passes", "training_minutes", "compute", "student_updates")
@@ -307,8 +327,8 @@ def _row_json(row: MatrixRow) -> dict[str, Any]:
         "key": row.key,
         **{key: getattr(row, key) for key in (*fields, *more)},
         "runs": [
-            {"cell": run.name, "seed": seed, "weights": weights}
-            for run, seed, weights in zip(row.runs, row.seeds, row.weights, strict=False)
+            {"cell": run.name, "seed": seed, "weights": weights, "values": _values(row, number)}
+            for number, (run, seed, weights) in enumerate(zip(row.runs, row.seeds, row.weights, strict=False))
         ],
         "seconds_range": row.seconds_range,
         "sections": list(row.sections),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from leaderboard.effects import Estimate, Pool, Scores, difference, estimate, pooled, verdict
+from leaderboard.effects import Estimate, Pool, Scores, blocked, difference, estimate, pooled, verdict
 
 
 def scores(table: np.ndarray, *, trained: bool = True) -> Scores:
@@ -170,6 +170,65 @@ def test_pooled_intervals_cover_the_truth_though_rows_are_unlike(seeds: int, unl
     assert np.mean(covered) >= stats.binom.ppf(0.001, len(covered), 0.95) / len(covered)
     if noisy:  # the price: pairs with a row twice as noisy as most
         assert np.mean(noisy) >= stats.binom.ppf(0.001, len(noisy), 0.89) / len(noisy)
+
+
+def family(values: np.ndarray, numbers: tuple[int, ...] = (0, 1, 2)) -> list[Scores]:
+    """Rows of one family, each (S,), without noise of the prompts; NaN where a row lacks a seed."""
+    made = []
+    for row in values:
+        here = np.isfinite(row)
+        kept = row[here]
+        numbers_ = tuple(number for number, is_here in zip(numbers, here, strict=True) if is_here)
+        made.append(
+            Scores(values=kept, ranges=np.stack([kept, kept], axis=1), prompts=None, family="f", numbers=numbers_)
+        )
+    return made
+
+
+def test_the_noise_of_a_family_is_that_of_a_randomised_block_design():
+    values = np.random.default_rng(6).normal(size=(5, 3)) + np.array([0.0, 10.0, -10.0])
+    block = blocked(family(values))
+    residual = values - values.mean(1, keepdims=True) - values.mean(0, keepdims=True) + values.mean()
+    assert block is not None and block.degrees == 4 * 2
+    assert block.variance == pytest.approx(2 * (residual**2).sum() / 8)
+    # two rows and nothing else: the paired t test, up to its degrees of freedom
+    pair = family(np.random.default_rng(7).normal(size=(2, 5)), (0, 1, 2, 3, 4))
+    alone = blocked(pair)
+    assert alone is not None and alone.degrees == 4
+    known = stats.ttest_rel(pair[0].values, pair[1].values).confidence_interval()
+    found = difference(*pair, block=alone)
+    assert (found.low, found.high) == pytest.approx((known.low, known.high))
+    assert blocked(family(values[:2])) is None  # two degrees of freedom
+    again = [replace(row, students=(f"{i}",)) for i, row in enumerate(family(values))]
+    assert blocked([*again, again[0]]) == blocked(again)  # the same students teach nothing new
+
+
+def test_rows_of_a_family_are_compared_at_the_seeds_that_both_have():
+    rows = np.array([[1.0, 9.0, 5.0], [0.8, 8.9, np.nan], [0.9, 9.1, np.nan], [0.7, 8.7, np.nan], [1.1, 9.0, 5.2]])
+    made = family(rows)
+    block, pool = blocked(made), pooled(made)
+    assert block is not None and block.degrees == 12 - 7
+    effect = difference(made[0], made[1], pool=pool, block=block)
+    assert effect.value == pytest.approx(0.15) and effect.high - effect.low < 0.6
+    apart = difference(made[0], made[1], pool=pool)
+    assert apart.high - apart.low > 10
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize("unlike", [0.0, 0.5])
+def test_intervals_within_a_family_cover_the_truth(seeds: int, unlike: float):
+    """Ten ablations against one row of three seeds, whatever the seeds have in common; 120 times."""
+    rng, covered = np.random.default_rng(10 * seeds), []
+    for _ in range(120):
+        spread = np.exp(rng.normal(0, unlike, (11, 1)))
+        values = rng.normal(0, 3, (1, 3)) + rng.normal(0, 1, (11, 3)) * spread
+        values[1:, seeds:] = np.nan
+        made = family(values)
+        block = blocked(made)
+        for row in made[1:]:
+            effect = difference(row, made[0], block=block)
+            covered.append(effect.low <= 0 <= effect.high)
+    assert np.mean(covered) >= 0.94  # 120 rows that ten differences share: 0.95 within 0.01
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,34 @@ def test_the_spread_between_seeds_widens_a_rows_interval(matrix: Matrix):
     assert pooled.decisions[4].verdict == "holds"  # with the common spread a single seed can speak
 
 
+def test_rows_of_one_family_are_compared_seed_by_seed(matrix: Matrix):
+    """What a seed does to all ablations of a row does not blur their differences; other methods stay unpaired."""
+    shift, noise = np.array([-0.1, 0.0, 0.1]), np.random.default_rng(8)
+
+    def kin(key: str, level: float, family: str) -> MatrixRow:
+        values = level + shift + noise.normal(0, 0.004, 3)
+        found = Scores(
+            values=values, ranges=np.stack([values, values], axis=1), prompts=None, family=family, numbers=(0, 1, 2)
+        )
+        return row(key, level, scores={"alignment_joint": found})
+
+    rows = (*(kin(name, 0.5, "TMD") for name in "abc"), kin("better", 0.55, "TMD"), kin("other", 0.55, "DMD2-v"))
+    claims = (claim("better", "better", "a"), claim("other", "other", "a"))
+    family = replace(matrix, rows=rows, claims=claims, pooled=True)
+    assert set(family.blocks) == {("TMD", "alignment_joint")}
+    better, other = family.decisions
+    assert (better.verdict, other.verdict) == ("holds", "undecided")
+    apart = replace(matrix, rows=rows, claims=claims)
+    assert not apart.blocks and apart.decisions[0].verdict == "undecided"
+    values = report_json(family)["rows"][0]["runs"]
+    assert values == []  # this matrix has no run folders
+    runs = tuple(Path(f"cell{i}") for i in range(3))
+    withruns = report_json(replace(family, rows=(replace(rows[0], runs=runs, weights=("x", "y", "z")), *rows[1:])))
+    assert [run["values"]["alignment_joint"] for run in withruns["rows"][0]["runs"]] == pytest.approx(
+        list(rows[0].scores["alignment_joint"].values)
+    )
+
+
 class Page(HTMLParser):
     """Collects links and checks that tags are balanced."""
 

@@ -136,7 +136,7 @@ def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: 
         seeds=tuple(cell.seed for cell in cells),
         planned_seeds=planned,
         videos=sum(cell.videos for cell in cells),
-        scores={name: _scores(name, runs, summaries, weights if trained else ()) for name in names},
+        scores={name: _scores(name, runs, summaries, cells, weights) for name in names},
         counts={name: sum(int(summary[name]["n"]) for summary in summaries) for name in names},
         runs=runs,
         weights=weights,
@@ -144,14 +144,24 @@ def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: 
     )
 
 
-def _scores(name: str, runs: Sequence[Path], summaries: Sequence[dict[str, Any]], students: tuple[str, ...]) -> Scores:
-    entries = [summary[name] for summary in summaries]
+def _scores(
+    name: str,
+    runs: Sequence[Path],
+    summaries: Sequence[dict[str, Any]],
+    cells: Sequence[Cell],
+    weights: tuple[str, ...],
+) -> Scores:
+    entries, row = [summary[name] for summary in summaries], cells[0].row
+    trained = row.method != BASE
     return Scores(
         values=np.array([entry["value"] for entry in entries]),
         ranges=np.array([[entry["low"], entry["high"]] for entry in entries]),
         prompts=_prompt_table(name, runs),
-        trained=bool(students),
-        students=students,
+        trained=trained,
+        students=weights if trained else (),
+        # Trainings draw from (seed, iteration): with as many steps of as many updates, the same data, times and noise.
+        family=f"{row.method} M = {row.m}, {row.budget}" if trained else "",
+        numbers=tuple(cell.seed for cell in cells),
     )
 
 
