@@ -144,20 +144,24 @@ def _tidy(options: Options, job: Job) -> None:
 
 def _record(out: Path, loaded: Loaded, plan: Plan) -> None:
     """Put finished cells of the matrix into the run's database."""
+    from tqdm import tqdm
+
     from leaderboard.record import record_run
     from tmd_eval.experiment.names import row_name
 
     database = out / "tmd-eval.db"
     fresh = not database.is_file()
     cells = {cell.name: cell for cell in loaded.cells}
+    left = []
     for planned in plan.cells:
         score = plan.jobs[planned.jobs[-1]]
         if planned.name not in cells or plan.waits(planned) or not store.done(out, score):
             continue
         folder = store.folder(out, score)
         mark = store.score_mark(folder, score)
-        if not fresh and store.read_json(folder / "recorded.json") == mark:
-            continue
+        if fresh or store.read_json(folder / "recorded.json") != mark:
+            left.append((planned, folder, mark))
+    for planned, folder, mark in tqdm(left, desc="recording", unit="cell", delay=2):
         name = f"{row_name(loaded.experiment, cells[planned.name].row)}, seed {planned.seed}"
         record_run(f"sqlite:///{database}", folder, name=name)
         write_json(folder / "recorded.json", mark)
