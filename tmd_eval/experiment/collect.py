@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from tqdm import tqdm
 
 from leaderboard.display import phrase
 from leaderboard.effects import Scores
@@ -49,7 +50,8 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
     asked: dict[Row, int] = {}
     for cell in cells:
         asked[cell.row] = asked.get(cell.row, 0) + 1
-    rows = tuple(_row(loaded, out, group, asked[row], times) for row, group in groups.items())
+    reading = tqdm(groups.items(), desc="reading scores", unit="row", delay=2)
+    rows = tuple(_row(loaded, out, group, asked[row], times) for row, group in reading)
     configs = [_yaml(run / "config.yaml") for row in rows for run in row.runs]
     matrix = Matrix(
         title=experiment.title,
