@@ -222,6 +222,24 @@ def test_a_run_of_two_samples_has_diversity_and_a_small_one_no_frechet_distance(
     assert "frechet" not in summary
 
 
+def test_real_clips_are_measured_once_for_all_runs_of_the_same_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def noted(captions: tuple[str, ...], *more: int) -> list[np.ndarray]:
+        asked.append(tuple(captions))
+        return real_clips(captions, *more)
+
+    monkeypatch.setattr("tmd_eval.micro_scores.real_clips", noted)
+    captions = list(CAPTIONS)
+    here, there = (_run(tmp_path / name, captions, samples=2) for name in ("here", "there"))
+    other = score_run(_run(tmp_path / "other", captions[:2], samples=2))
+    first, again = score_run(here), score_run(there)
+    assert [len(found) for found in asked] == [4, 6]
+    assert first == again and first["diversity"] != other["diversity"]
+
+
 def test_missing_videos_are_named_and_never_shrink_the_count_silently(tmp_path: Path) -> None:
     run = _run(tmp_path / "run", list(CAPTIONS), planned=4)
     (run / "videos" / "00001-0.mp4").write_bytes(b"not a video")
