@@ -13,13 +13,14 @@ squares. Where two rows sample the same students (at another N or M), each seed 
 these are treated like the values of one row. With 2 or 3 seeds the percentiles of a bootstrap over seeds and prompts
 cover the truth in 80 to 90 % of cases instead of 95 % (tests/test_effects.py simulates both).
 
-Rows of one family (a method at one M and budget: an ablation and its row, other N and H) train on the same random
-numbers, seed by seed, so what a seed does to one it mostly does to all. They are a block design, the seeds its blocks:
+Rows of one family (a method at one M and budget: an ablation and its row, other N and H) start from the same seeds,
+data order and largely the same draws. They are a block design, the seeds its blocks:
 
     value = row + seed + noise,
 
 whose noise, estimated from all rows of the family by least squares (:func:`blocked`), is what is left of the training
-in a difference of two of its rows, which is taken over the seeds that both have.
+in a difference of two of its rows, which is taken over the seeds that both have. How far seeds carry over is estimated,
+not assumed: where they do not, the interval is wider than an unpaired one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 NORMAL = 1.959964  # 97.5 % quantile of the normal distribution
-MIN_DEGREES = 3  # of a family's noise: with 2, Student's t makes up for all that pairing gains
+MIN_DEGREES = 3  # of a family's noise: with 2, Student's t usually takes more than pairing gains
+ROUNDING = 1e-12  # spread over the largest value, below which it is that of sums in floating point
 Floats = NDArray[np.float64]
 Verdict = Literal["holds", "does not hold", "undecided"]
 
@@ -53,7 +55,7 @@ class Scores:
     students: tuple[str, ...] = ()
     """What tells the trained student of each seed; rows with the same ones share their training noise."""
     family: str = ""
-    """Rows of one family train on the same random numbers at the same seed; "" for none."""
+    """Rows of one family start from the same random numbers at the same seed; "" for none."""
     numbers: tuple[int, ...] = ()
     """The seeds, where there is a family."""
 
@@ -106,7 +108,7 @@ def blocked(rows: Iterable[Scores]) -> Pool | None:
         rows: one metric of the rows of one family; those that sample students of an earlier one are left out.
 
     Returns:
-        Variance and degrees of freedom; None below ``MIN_DEGREES``, where pairing costs more than it gains.
+        Variance and degrees of freedom; None below ``MIN_DEGREES``.
     """
     kept: list[Scores] = []
     seen: set[str] = set()
@@ -126,7 +128,9 @@ def blocked(rows: Iterable[Scores]) -> Pool | None:
     degrees = len(values) - int(rank)
     if degrees < MIN_DEGREES:
         return None
-    return Pool(variance=2 * float(((values - design @ fitted) ** 2).sum()) / degrees, degrees=degrees)
+    noise = values - design @ fitted
+    noise[np.abs(noise) <= ROUNDING * np.abs(values).max()] = 0.0
+    return Pool(variance=2 * float((noise**2).sum()) / degrees, degrees=degrees)
 
 
 def estimate(row: Scores, *, pool: Pool | None = None, bounds: tuple[float, float] | None = None) -> Estimate:
@@ -187,8 +191,8 @@ def _seed_by_seed(a: Scores, b: Scores, of_a: Sequence[object], of_b: Sequence[o
     a, b = _only(a, [of_a.index(one) for one in common]), _only(b, [of_b.index(one) for one in common])
     values = a.values - b.values
     table = a.prompts - b.prompts if _paired(a, b) else None  # type: ignore[operator]
-    half = np.hypot(*(np.diff(row.ranges, axis=1)[:, 0] / 2 for row in (a, b)))
-    ranges = np.stack([values - half, values + half], axis=1)
+    (down_a, up_a), (down_b, up_b) = ((row.values - row.ranges[:, 0], row.ranges[:, 1] - row.values) for row in (a, b))
+    ranges = np.stack([values - np.hypot(down_a, up_b), values + np.hypot(up_a, down_b)], axis=1)
     return Scores(values=values, ranges=ranges, prompts=table, trained=a.trained)
 
 
