@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 
 from students.dmd2v import DMD2V_KIND
@@ -69,8 +70,12 @@ def _run(path: Path, name: str) -> tuple[object, str]:
     sys.modules[unique] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[unique]
+        if isinstance(error, Exception):
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            line = lines[-1] if lines else getattr(error, "lineno", 1)
+            raise ConfigError(f"{path}:{line} cannot be run ({type(error).__name__}: {error}); mend it.") from error
         raise
     return module, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 

@@ -251,6 +251,113 @@ def test_one_mistake_is_told_once(tmp_path: Path):
     ]  # fmt: skip
 
 
+NO_STAGE1 = "no_stage1: {methods: tmd, label: no stage 1, drop: stage1, stages: {stage2: {parent: null}}}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("{method.rollout: false}", "{method.rollout: true}", "no_rollout changes nothing of tmd at M = 2"),
+        ("{method.rollout: false}", "{log_every: 3}", "no_rollout changes nothing of tmd at M = 2"),
+        ("{method.rollout: false}", "{iterations: 50}", "iterations of stage stage2 come from the budget"),
+        ("{method.rollout: false}", "{parent: null}", "parent of stage stage2 is the stage before it"),
+        ("label: N = 1, sample: {n: 1}", "label: N = 1, sample: {n: 2}", "ablation n1 changes nothing of tmd"),
+        ("label: KD, add: kd", "label: KD, drop: kd", "ablation kd changes nothing of dmd2v at M = 2"),
+        ("sample: {n: 1}", "drop: stage1", "starts from a student trained"),
+    ],
+)
+def test_an_ablation_that_does_nothing_or_what_it_cannot_is_refused(tmp_path: Path, old: str, new: str, told: str):
+    """A row would be called ablated and be the one without."""
+    assert old in SMALL
+    text = SMALL.replace(old, new)
+    place = next(i for i, row in enumerate(text.splitlines(), 1) if new in row)
+    found = problems(write(tmp_path, text))
+    assert len(found) == 1 and found[0].startswith(f"{place}: ") and told in found[0], found
+
+
+def test_a_stage_can_be_left_out_where_the_next_one_starts_from_the_teacher(tmp_path: Path):
+    text = SMALL.replace("  n1: {", f"  {NO_STAGE1}\n  n1: {{").replace("[no_rollout, n1]", "[no_stage1]")
+    found = next(cell for cell in cells(write(tmp_path, text)) if cell.row.ablation == "no_stage1")
+    assert [t.stage for t in found.trainings] == ["stage2"] and found.trainings[0].config.parent is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"budgets": 120}, ["budgets must hold `name: value` pairs, not 120."]),
+        ({"ablations": 3}, ["ablations must hold `name: value` pairs, not 3."]),
+        ({"claims": None}, ["claims is empty; fill it or leave it out."]),
+        ({"evaluation": None}, ["evaluation is empty; fill it or leave it out."]),
+        ({"evaluation": {"samples_per_prompt": 2000}}, ["samples_per_prompt must be at most 1000"]),
+        ({"evaluation": {"samples_per_prompt": 1, "metric": "diversity"}}, ["diversity needs 2 videos a prompt"]),
+        ({"budgets": {"u": {"student_updates": 7}, "c": {"like": {"method": "dmd2v", "n": 2}}}}, ["dmd2v has no N"]),
+    ],
+)
+def test_parts_that_are_no_parts_and_values_that_cannot_be(tmp_path: Path, changes: dict[str, Any], told: list[str]):
+    found = problems(write(tmp_path, **changes))
+    for text in told:
+        assert any(text in row for row in found), found
+
+
+def test_a_date_that_is_none_and_a_setting_given_twice_in_two_spellings(tmp_path: Path):
+    text = SMALL.replace("title: Small", "title: 2026-02-31").replace(
+        "stage2: {method.rollout: false}", "stage2: {method.rollout: false, method: {rollout: true}}"
+    )
+    found = problems(write(tmp_path, text))
+    assert found[0].startswith("1: title cannot be read (day is out of range for month); put it in quotes.")
+    assert "gives a setting twice, dotted and nested" in found[1]
+    merged = SMALL.replace(
+        "stages: {stage2: {method.rollout: false}}", "stages: {stage2: {<<: *x, method.rollout: false}}"
+    )
+    merged = merged.replace("title: Small", "title: &t Small").replace(
+        "label: N = 1, sample", "label: N = 1, stages: {stage2: &x {method.rollout: true}}, sample"
+    )
+    lines = merged.splitlines()
+    here = next(i for i, row in enumerate(lines) if row.startswith("  no_rollout"))
+    lines.insert(here + 1, lines.pop(here))  # the anchor first
+    assert cells(write(tmp_path, "\n".join(lines) + "\n"))
+
+
+def test_every_wrong_setting_of_a_place_and_of_every_stage_is_told(tmp_path: Path):
+    text = SMALL.replace("{method.rollout: false}", "{method.rolout: false, optimiser.lrr: 1}").replace(
+        "stages: {stage2", "stages: {stage1: {method.deltaa: 1}, stage2"
+    )
+    found = problems(write(tmp_path, text))
+    assert [row.partition("unknown key ")[2].partition(";")[0] for row in found] == [
+        "method.deltaa", "method.rolout", "optimiser.lrr",
+    ]  # fmt: skip
+    named = problems(write(tmp_path, SMALL.replace("axes: {m: method.m}", "axes: {m: method.mm}")))
+    assert {int(row.partition(":")[0]) for row in named} == {3} or all("method.mm" in row for row in named)
+
+
+def test_names_and_rows_of_claims_are_told_beside_other_mistakes(tmp_path: Path):
+    claim = {"claim": "x", "source": "us", "metric": "alignment_joint", "b": {"method": "dmd2v", "m": 2}}
+    wrong = [{"method": "tdm", "m": 2}, {"method": "tmd", "m": 2, "ablation": "n3"}, {"method": "tmd", "m": 4}]
+    wrong += [{"method": "tmd", "m": 2, "budget": "b"}, {"method": "base", "m": 2, "budget": "updates"}]
+    claims = [{**claim, "claim": f"{i}", "a": a} for i, a in enumerate(wrong)]
+    found = "\n".join(problems(write(tmp_path, claims=claims, evaluation={"num_prompt": 3})))
+    told = ("unknown method tdm; there are dmd2v, tmd", "unknown ablation n3; there are no_rollout", "unknown budget b")
+    more = ("no cell of the matrix is {method: tmd, m: 4", "base has neither budget", "did you mean num_prompts")
+    assert all(text in found for text in told + more), found
+
+
+def test_a_tuning_needs_the_axes_of_its_methods(tmp_path: Path):
+    found = problems(write(tmp_path, tuning={"m": 2, "trials": {"dmd2v": [{}], "tmd": [{}]}}))
+    assert [row.partition(": ")[2] for row in found] == [
+        "tuning needs h, as tmd has H.", "tuning needs n, as tmd has N.",
+    ]  # fmt: skip
+    whole = {"m": 2, "n": 2, "h": 2, "metrics": "diversity", "trials": {"dmd2v": [{}], "tmd": [{}]}}
+    assert "diversity needs 2 videos a prompt" in problems(write(tmp_path, tuning=whole))[0]
+
+
+def test_prompts_that_the_judges_cannot_read_are_refused_before_anything_runs(tmp_path: Path):
+    (tmp_path / "cats.txt").write_text("a cat\n" * 4)
+    for prompts, told in ((str(tmp_path / "cats.txt"), "Prompt 1 of"), ("vbench", "no captions of the micro world")):
+        path = write(tmp_path, evaluation={"prompts": prompts, "num_prompts": 4})
+        with pytest.raises(ConfigError, match=told):
+            plan.load(path, tmp_path / "out")
+
+
 def test_no_section_no_budget_and_an_alias_of_itself(tmp_path: Path):
     assert problems(write(tmp_path, sections=[])) and problems(write(tmp_path, budgets={}))
     with pytest.raises(ConfigError, match="alias that contains itself"):

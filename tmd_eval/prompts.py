@@ -156,6 +156,26 @@ def check_count(source: str, count: int) -> None:
         raise ConfigError(f"{count} prompts are needed, but there are {most}.")
 
 
+def check_micro(source: str, count: int) -> None:
+    """As :func:`check_count`, for scores by the micro world's judges: every prompt must be one of its captions.
+
+    Raises:
+        ConfigError: as there, or a prompt is no caption of the micro world.
+    """
+    from students.micro.world import parse_caption
+
+    if source == "vbench":
+        raise ConfigError("VBench's prompts are no captions of the micro world; name micro, or a file of its captions.")
+    check_count(source, count)
+    if source == "micro":
+        return
+    for number, prompt in enumerate(load_prompts(source).prompts[:count], 1):
+        try:
+            parse_caption(prompt)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"Prompt {number} of {source} cannot be judged: {error}.") from error
+
+
 def vbench_prompts(dimensions: Sequence[str] | None = None) -> PromptSet:
     """VBench's prompts in its order, each once (2 of the 946 entries repeat an earlier prompt).
 

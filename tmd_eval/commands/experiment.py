@@ -203,12 +203,16 @@ def import_(
 
 def _folder(file: Path, out: Path | None) -> Path:
     """--out, or the file's own."""
-    if out is not None:
-        return out
     from students.errors import ConfigError
     from tmd_eval.experiment.lines import load
 
-    named = load(file).tree.get("out")
-    if not isinstance(named, str) or not named:
-        raise ConfigError(f"{file} names no folder in `out`; give --out DIR.")
-    return Path(named)
+    if out is None:
+        source = load(file)
+        named = source.tree.get("out")
+        if not isinstance(named, str) or not named:
+            line = source.line(("out",))
+            raise ConfigError(f"{file}:{line}: `out` names no folder; write one there, or give --out DIR.")
+        out = Path(named)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give the folder of the run with --out DIR.")
+    return out

@@ -7,24 +7,21 @@ setting never meets an old result.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from students.errors import ConfigError
+from tmd_eval.experiment.layers import Blamed, Layer, Settings
 from tmd_eval.experiment.lines import Source
 from tmd_eval.experiment.rows import Row, digest, rows_of
-from tmd_eval.experiment.schema import BASE, Ablation, Changes, Experiment, Method, Stage
+from tmd_eval.experiment.schema import BASE, SEED_STRIDE, TRIALS, Ablation, Changes, Experiment, Method, Stage
 
 if TYPE_CHECKING:
     from students.config import TrainConfig
 
 TEACHER_STEPS = 50
-SEED_STRIDE = 1000
-"""Distance of the base seeds of two cells' videos; at most so many videos a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +70,6 @@ class Cell:
         return (self.prompts if lines is None else len(lines)) * int(self.settings["samples_per_prompt"])
 
 
-class _Blamed(ConfigError):
-    """A mistake that stands on another line than the cells that it spoils."""
-
-    def __init__(self, line: int, text: str):
-        super().__init__(text)
-        self.line = line
-
-
 class Resolver:
     """Makes cells; mistakes that only resolved settings show are noted in the source, with their line."""
 
@@ -94,7 +83,7 @@ class Resolver:
             base_hash: hash of its weights.
         """
         self.experiment, self.source, self.blocks, self.base_hash = experiment, source, blocks, base_hash
-        self._configs: dict[str, TrainConfig] = {}
+        self._settings = Settings(source.path.parent, blocks)
         self._data: dict[str, Any] | None = None
         self._marks: dict[Path, str | None] = {}
 
@@ -104,7 +93,10 @@ class Resolver:
         for name, trials in (tuning.trials if tuning else {}).items():
             assert tuning is not None
             method = self.experiment.methods.get(name)
-            if method is None:  # noted as a mistake
+            lacking = method is None or any(
+                axis in method.axes and getattr(tuning, axis) is None for axis in ("n", "h")
+            )
+            if method is None or lacking:  # noted as a mistake
                 continue
             for number, changes in enumerate(trials):
                 row = Row(
@@ -118,7 +110,7 @@ class Resolver:
                 first = self.experiment.evaluation.num_prompts
                 lines = tuple(range(first, first + tuning.num_prompts))  # captions that no cell is scored on
                 cells += self._cell(
-                    row, tuning.seed, changes, "Tuning", changes.line,
+                    row, tuning.seed, changes, TRIALS, changes.line,
                     prompts=first + tuning.num_prompts, lines=lines, samples=tuning.samples_per_prompt,
                 )  # fmt: skip
         return cells
@@ -160,14 +152,29 @@ class Resolver:
             return []
         try:
             trainings = self._trainings(row, seed, changes, line)
+            cell = self._evaluated(row, seed, trainings, section, prompts=prompts, lines=lines, samples=samples)
+            if row.ablation:
+                self._check_ablation(cell, changes, line)
         except ConfigError as error:
-            self.source.wrong(getattr(error, "line", line), str(error).removeprefix("--set: "))
+            for blamed, text in getattr(error, "parts", ((line, str(error)),)):
+                self.source.wrong(blamed, text.removeprefix("--set: "))
             return []
         except KeyError:  # a name that leads nowhere, noted where it is given
             if not self.source.problems:
                 raise
             return []
-        return [self._evaluated(row, seed, trainings, section, prompts=prompts, lines=lines, samples=samples)]
+        return [cell]
+
+    def _check_ablation(self, cell: Cell, changes: Changes, line: int) -> None:
+        """Refuse a row that would be called ablated and is trained and sampled like the one without."""
+        row, ablation = cell.row, self.experiment.ablations[cell.row.ablation or ""]
+        if ablation.line in {number for number, _ in self.source.problems}:
+            return
+        plain = self._trainings(replace(row, ablation=None), cell.seed, changes, line)
+        sampled = {key: value for key, value in ablation.sample.items() if (key, value) != ("n", row.n)}
+        if not sampled and plain[-1].key == cell.trainings[-1].key:
+            text = f"ablation {row.ablation} changes nothing of {row.method} at M = {row.m}"
+            raise Blamed((ablation.line, f"{text}: the row would be the one without it."))
 
     def _evaluated(
         self, row: Row, seed: int, trainings: tuple[Training, ...], section: str, *,
@@ -214,6 +221,8 @@ class Resolver:
         made = self._chain(row, seed, changes, line)
         budget = experiment.budgets[row.budget or experiment.first_budget]
         last = made[-1].config
+        if budget.student_updates is not None or budget.like is not None:
+            self._check_iterations(row, changes, made[-1].stage, line)
         if budget.student_updates is not None:
             last = replace(last, iterations=iterations_with_updates(last, budget.student_updates))
         elif budget.like is not None:
@@ -233,53 +242,77 @@ class Resolver:
         stages = stages_of(method, row, ablation)
         if not stages:
             raise ConfigError(f"{row.method} at M = {row.m} has no stage left.")
-        made: list[Training] = []
-        for stage in stages:
+        configs: list[TrainConfig] = []
+        wrong: list[tuple[int, str]] = []
+        for first, stage in ((stage is stages[0], stage) for stage in stages):
+            runner = {} if first else {"parent": "-"}
             axes = method.axes if stage.axes is None else stage.axes
-            layers: list[tuple[int, Mapping[str, Any]]] = [
-                (
-                    stage.line,
-                    {"base": self.experiment.base, "seed": seed, "out": "-"} | ({"parent": "-"} if made else {}),
+            given = [(stage.line, stage.set), (changes.line or line, _changed(changes, stage))]
+            given += [(ablation.line, _changed(ablation, stage))] if ablation else []
+            if not first:
+                text = f"parent of stage {stage.name} is the stage before it; take it out, or drop that stage."
+                wrong += [(place, text) for place, settings in given if "parent" in settings]
+            layers = [
+                Layer(line=stage.line, settings={"base": self.experiment.base, "seed": seed, "out": "-"} | runner),
+                Layer(line=stage.line, settings={**stage.set} | runner),
+                Layer(
+                    line=line, settings={setting: getattr(row, axis) for axis, setting in axes.items()},
+                    names_line=method.line if stage.axes is None else stage.line,
                 ),
-                (stage.line, {**stage.set} | ({"parent": "-"} if made else {})),
-                (line, {setting: getattr(row, axis) for axis, setting in axes.items()}),
-                (changes.line or line, _changed(changes, stage)),
-                (ablation.line if ablation else line, _changed(ablation, stage) if ablation else {}),
-            ]
-            config = self._resolved(stage, layers)
-            self._check_stage(stage, config, made)
-            if ablation is None:
-                self._check_data(stage, config)
+                *(Layer(line=place, settings=settings) for place, settings in given[1:]),
+            ]  # fmt: skip
+            try:
+                configs.append(self._settings.resolved(stage, layers))
+                if ablation is None:
+                    self._check_data(stage, configs[-1])
+                if first:
+                    parent_given = any("parent" in settings for _, settings in given)
+                    blamed = ablation.line if ablation is not None and ablation.drop else stage.line
+                    self._check_first(stage, configs[-1], parent_given, blamed)
+            except Blamed as error:
+                told = {
+                    (place, text.removeprefix(f"stage {other.name}: ")) for place, text in wrong for other in stages
+                }
+                wrong += [
+                    part for part in error.parts if (part[0], part[1].removeprefix(f"stage {stage.name}: ")) not in told
+                ]
+        if wrong:
+            raise Blamed(*wrong)
+        made: list[Training] = []
+        for stage, config in zip(stages, configs, strict=True):
+            if made:
+                self._check_parent(stage, config, made[-1])
             made.append(self._training(stage.name, stage.preset, config, made[-1].key if made else None))
         return made
 
-    def _resolved(self, stage: Stage, layers: Sequence[tuple[int, Mapping[str, Any]]]) -> TrainConfig:
-        """The settings of all layers together; where they do not fit, the first layer to break them is blamed."""
-        try:
-            config = self._config(stage, _together(layers))
-            config.check_base(self.blocks)
-            return config
-        except ConfigError as error:
-            for count in range(1, len(layers) + 1):
-                try:
-                    self._config(stage, _together(layers[:count])).check_base(self.blocks)
-                except ConfigError as first:
-                    raise _Blamed(layers[count - 1][0], f"stage {stage.name}: {first}".replace("--set: ", "")) from None
-            raise error
+    def _check_iterations(self, row: Row, changes: Changes, last: str, line: int) -> None:
+        method, ablation = self.experiment.methods[row.method], self.experiment.ablations.get(row.ablation or "")
+        stage = next(stage for stage in method.stages if stage.name == last)
+        given = [(stage.line, stage.set), (changes.line or line, _changed(changes, stage))]
+        given += [(ablation.line, _changed(ablation, stage))] if ablation else []
+        text = f"iterations of stage {last} come from the budget; take them out."
+        wrong = [(place, text) for place, settings in given if "iterations" in settings]
+        if wrong:
+            raise Blamed(*wrong)
 
-    def _check_stage(self, stage: Stage, config: TrainConfig, made: list[Training]) -> None:
+    def _check_first(self, stage: Stage, config: TrainConfig, parent_given: bool, line: int) -> None:
         kinds = config.kind.parents
-        if not made and "parent" not in stage.set and (config.parent is not None or kinds):
-            needs = f" by {' or '.join(kinds)}" if kinds else ""
-            raise ConfigError(
+        if not parent_given and (config.parent is not None or kinds):
+            needs = f" by {' or '.join(kinds)}" if kinds else " before"
+            text = (
                 f"stage {stage.name} ({stage.preset}) starts from a student trained{needs}, but no stage comes "
-                "before it; add that stage, or give its parent in set."
+                "before it; add that stage, or give its parent (null: the teacher)."
             )
-        if made and kinds is not None and made[-1].config.kind.label not in kinds:
-            raise ConfigError(
+            raise Blamed((line, text))
+
+    def _check_parent(self, stage: Stage, config: TrainConfig, before: Training) -> None:
+        kinds = config.kind.parents
+        if kinds is not None and before.config.kind.label not in kinds:
+            text = (
                 f"stage {stage.name} ({config.method_name}) goes on from {' or '.join(kinds)}, "
-                f"not from {made[-1].config.kind.label} of stage {made[-1].stage}."
+                f"not from {before.config.kind.label} of stage {before.stage}."
             )
+            raise Blamed((stage.line, text))
 
     def _check_data(self, stage: Stage, config: TrainConfig) -> None:
         from students.settings import to_tree
@@ -287,24 +320,8 @@ class Resolver:
         data = to_tree(config.data)
         self._data = data if self._data is None else self._data
         if data != self._data:
-            raise ConfigError(f"stage {stage.name} ({stage.preset}) has other data than the methods before it.")
-
-    def _config(self, stage: Stage, flags: Mapping[str, Any]) -> TrainConfig:
-        from students.config import load_config
-
-        texts = [f"{name}={json.dumps(value)}" for name, value in flags.items()]
-        key = json.dumps([stage.preset, texts])
-        if key not in self._configs:
-            self._configs[key] = load_config(self._preset(stage), texts, environ={})
-        return self._configs[key]
-
-    def _preset(self, stage: Stage) -> Path:
-        beside = self.source.path.parent / stage.preset
-        shipped = Path(str(resources.files("tmd_eval") / "presets" / stage.preset))
-        found = next((path for path in (beside, shipped) if path.is_file()), None)
-        if found is None:
-            raise ConfigError(f"the preset {stage.preset} does not exist.")
-        return found
+            text = f"stage {stage.name} ({stage.preset}) has other data than the methods before it."
+            raise Blamed((stage.line, text))
 
     def _training(self, stage: str, preset: str, config: TrainConfig, parent: str | None) -> Training:
         from students.data import INDEX
@@ -336,10 +353,6 @@ def stages_of(method: Method, row: Row, ablation: Ablation | None) -> list[Stage
         for stage in method.stages
         if stage.name not in drop and (stage.m is None or row.m in stage.m or stage.name in add)
     ]
-
-
-def _together(layers: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
-    return {name: value for _, layer in layers for name, value in layer.items()}
 
 
 def _changed(changes: Changes, stage: Stage) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from students.errors import ConfigError
 from tmd_eval.experiment.lines import Source, load, read
-from tmd_eval.experiment.schema import BASE, Block, Changes, Experiment, Method, Tuning
+from tmd_eval.experiment.rows import Row, find, rows_of
+from tmd_eval.experiment.schema import BASE, Block, Changes, Claim, Experiment, Like, Method, Selector, Tuning
 
 OURS = ("seed", "base", "out")
 """Settings that the runner gives, beside those of M, N and H."""
@@ -64,10 +66,15 @@ class Check:
     def _known(self, name: str, group: str, what: str, line: int) -> bool:
         """Whether a name leads somewhere; one whose own part is wrong was told there."""
         among: Mapping[str, Any] = getattr(self.experiment, group)
-        if name not in among and name not in (self.source.tree.get(group) or {}):
+        if name not in among and name not in self._raw(group):
             there = f"there are {', '.join(among)}." if among else "there are none."
             self.source.wrong(line, f"unknown {what} {name}; {there}")
         return name in among
+
+    def _raw(self, group: str) -> Mapping[str, Any]:
+        """A part of the file as it stands there, with what is wrong in it."""
+        part = self.source.tree.get(group)
+        return part if isinstance(part, Mapping) else {}
 
     def _stage(self, name: str, method: str, what: str, line: int) -> None:
         stages = [stage.name for stage in self.experiment.methods[method].stages]
@@ -76,15 +83,19 @@ class Check:
 
     def _budgets(self) -> None:
         budgets = self.experiment.budgets
-        raw = self.source.tree.get("budgets") or {}
-        self.hopeless = any(name not in budgets for name in raw)  # one was wrong, and others may rest on it
+        first = next(iter(self._raw("budgets")), self.experiment.first_budget)
         for budget in budgets.values():
             if budget.like is not None:
-                self._known(budget.like.method, "methods", "method", budget.like.line)
-                reference = budgets.get(budget.of or self.experiment.first_budget)
+                if self._known(budget.like.method, "methods", "method", budget.like.line):
+                    method = self.experiment.methods[budget.like.method]
+                    self.hopeless |= not self._axes(method, budget.like.method, budget.like)
+                name = budget.of or first
+                reference = budgets.get(name)
                 if reference is None or reference.like is not None:
-                    self.source.wrong(budget.line, "`of` must name a budget that is not itself `like` another.")
                     self.hopeless = True
+                    if reference is not None or name not in self._raw("budgets"):  # else its own mistake was told
+                        text = "`of` must name a budget that is not itself `like` another."
+                        self.source.wrong(budget.line, text)
 
     def _settings(self) -> None:
         """Settings that are the runner's must not be set by hand: rows would not be what they are called."""
@@ -135,13 +146,16 @@ class Check:
         if tuning.budget is not None:
             self._known(tuning.budget, "budgets", "budget", tuning.line)
         for name in tuning.metrics:
-            self._metric(name, tuning.line)
+            self._metric(name, tuning.line, tuning.samples_per_prompt)
         counts = {}
         for method, trials in tuning.trials.items():
             if self._known(method, "methods", "method", trials[0].line):
                 for trial in trials:
                     for stage in trial.stages:
                         self._stage(stage, method, f"of {method}", trial.line)
+                for axis in ("n", "h"):
+                    if axis in experiment.methods[method].axes and getattr(tuning, axis) is None:
+                        wrong(tuning.line, f"tuning needs {axis}, as {method} has {axis.upper()}.")
             seen: list[tuple[Any, Any]] = []
             for trial in trials:
                 if (trial.set, trial.stages) in seen:
@@ -170,13 +184,18 @@ class Check:
                         self._axes(self.experiment.methods[method], method, block)
                     self._block_ablations(block, method)
 
-    def _axes(self, method: Method, name: str, block: Block) -> None:
+    def _axes(self, method: Method, name: str, part: Block | Like) -> bool:
+        """Whether N and H are given where the method has them, and only there."""
+        fits = True
         for axis in ("n", "h"):
-            given, has = getattr(block, axis) is not None, axis in method.axes
+            given, has = getattr(part, axis) is not None, axis in method.axes
             if given and not has:
-                self.source.wrong(block.line, f"{name} has no {axis.upper()}; put it in cells of its own.")
+                rest = "take it out" if isinstance(part, Like) else "put it in cells of its own"
+                self.source.wrong(part.line, f"{name} has no {axis.upper()}; {rest}.")
             if has and not given:
-                self.source.wrong(block.line, f"{name} needs {axis.upper()}; give {axis}.")
+                self.source.wrong(part.line, f"{name} needs {axis.upper()}; give {axis}.")
+            fits &= given == has
+        return fits
 
     def _block_ablations(self, block: Block, method: str) -> None:
         for name in block.ablations:
@@ -191,15 +210,48 @@ class Check:
                     self.source.wrong(block.line, text)
 
     def _claims(self) -> None:
-        self._metric(self.experiment.evaluation.metric, self.source.line(("evaluation", "metric")))
+        samples = self.experiment.evaluation.samples_per_prompt
+        self._metric(self.experiment.evaluation.metric, self.source.line(("evaluation", "metric")), samples)
+        rows = self._rows()
         seen: set[tuple[str, str]] = set()
         for claim in self.experiment.claims:
-            self._metric(claim.metric, claim.line)
-            if (claim.claim, claim.source) in seen:
+            base = BASE in (claim.a.method, claim.b.method)  # whose rows may have more videos a prompt
+            self._metric(claim.metric, claim.line, None if base else samples)
+            if claim.claim and (claim.claim, claim.source) in seen:
                 self.source.wrong(claim.line, f"two claims say “{claim.claim}” by the same source; tell them apart.")
             seen.add((claim.claim, claim.source))
+            if all([self._selector(claim.a), self._selector(claim.b)]) and rows is not None:
+                self._sides(claim, rows)
 
-    def _metric(self, name: str, line: int) -> None:
+    def _selector(self, selector: Selector) -> bool:
+        """Whether all names of a claim's row lead somewhere."""
+        names = [("methods", "method", None if selector.method == BASE else selector.method)]
+        names += [("ablations", "ablation", selector.ablation), ("budgets", "budget", selector.budget)]
+        return all([self._known(name, group, what, selector.line) for group, what, name in names if name is not None])
+
+    def _rows(self) -> dict[Row, None] | None:
+        """The rows of the matrix; None where mistakes leave open which there are."""
+        parts = ("methods", "sections", "untrained", "budgets", "ablations")
+        lines = {line for place, line in self.source.lines.items() if place and place[0] in parts}
+        if any(line in lines for line, _ in self.source.problems):
+            return None
+        made = [row for section in self.experiment.sections for row, _ in rows_of(self.experiment, section)]
+        for part in self.experiment.untrained:
+            made += [Row(method=BASE, m=m, guidance=part.guidance) for m in part.m]
+        return dict.fromkeys(made)
+
+    def _sides(self, claim: Claim, rows: Mapping[Row, None]) -> None:
+        found = []
+        for selector in (claim.a, claim.b):
+            try:
+                found.append(find(selector, rows, self.experiment))
+            except ConfigError as error:
+                self.source.wrong(selector.line, str(error))
+        if len(found) == 2 and found[0] == found[1]:
+            self.source.wrong(claim.line, "a and b are the same row.")
+
+    def _metric(self, name: str, line: int, samples: int | None) -> None:
+        """Whether a metric exists, and can be measured with so many videos a prompt (None: unknown)."""
         there = list(_metrics())
         if name not in there:
             near = difflib.get_close_matches(name, there, 1)
@@ -207,6 +259,8 @@ class Check:
                 line,
                 f"unknown metric {name}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}."),
             )
+        elif name.startswith("diversity") and samples == 1:
+            self.source.wrong(line, f"{name} needs 2 videos a prompt; samples_per_prompt is 1.")
 
 
 def _metrics() -> Iterator[str]:

@@ -19,6 +19,8 @@ T = TypeVar("T")
 Place = tuple[str | int, ...]
 """Keys and list positions that lead to a value."""
 WRONG = object()  # stands for a value that was noted as wrong
+WORDS = ("title", "label", "claim", "source")
+"""Fields that only people read: where one is missing, all else can still be checked."""
 
 
 @dataclass(kw_only=True)
@@ -92,19 +94,24 @@ def _no_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
 def _plain(source: Source, loader: yaml.SafeLoader, node: yaml.Node, place: Place) -> Any:
     source.lines.setdefault(place, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
-        loader.flatten_mapping(node)  # merge keys
+        own = [str(key.value) for key, _ in node.value]
+        for i, (key_node, _) in enumerate(node.value):  # before merge keys bring in what may be given again
+            if own[i] in own[:i]:
+                source.wrong(key_node.start_mark.line + 1, f"{own[i]} is given twice; keep one.")
+        loader.flatten_mapping(node)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(loader.construct_object(key_node, deep=True))
-            line = key_node.start_mark.line + 1
-            if key in values:
-                source.wrong(line, f"{key} is given twice; keep one.")
-            source.lines[(*place, key)] = line
+            source.lines[(*place, key)] = key_node.start_mark.line + 1
             values[key] = _plain(source, loader, value_node, (*place, key))
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_plain(source, loader, item, (*place, i)) for i, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)
+    try:
+        return loader.construct_object(node, deep=True)
+    except ValueError as error:  # a date that does not exist, say
+        source.wrong(node.start_mark.line + 1, f"{_name(place)} cannot be read ({error}); put it in quotes.")
+        return str(node.value)
 
 
 def read(cls: type[T], source: Source, value: Any = None, place: Place = ()) -> T | None:
@@ -125,7 +132,8 @@ def read(cls: type[T], source: Source, value: Any = None, place: Place = ()) -> 
     value = source.tree if not place else value
     line = source.line(place)
     if not isinstance(value, Mapping):
-        source.wrong(line, f"{_name(place)} must hold `name: value` pairs, not {value!r}.")
+        text = "is empty; fill it or leave it out" if value is None else f"must hold `name: value` pairs, not {value!r}"
+        source.wrong(line, f"{_name(place)} {text}.")
         return None
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.name != "line"}
     hints = get_type_hints(cls)
@@ -140,12 +148,15 @@ def read(cls: type[T], source: Source, value: Any = None, place: Place = ()) -> 
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name in value:
             part = _value(source, value[name], hints[name], (*place, name))
-            if part is not WRONG:
-                parts[name] = part
-            elif required:
-                hopeless = True
+        else:
+            part = WRONG
+            if required:
+                source.wrong(line, f"{_name((*place, name))} is missing.")
+        if part is not WRONG:
+            parts[name] = part
+        elif required and name in WORDS:
+            parts[name] = ""
         elif required:
-            source.wrong(line, f"{_name((*place, name))} is missing.")
             hopeless = True
     if hopeless:
         return None
@@ -168,6 +179,9 @@ def _value(source: Source, value: Any, hint: Any, place: Place) -> Any:
     if dataclasses.is_dataclass(hint):
         part = read(cast(Any, hint), source, value, place)
         return WRONG if part is None else part
+    if value is None and origin in (tuple, dict):
+        source.wrong(source.line(place), f"{_name(place)} is empty; fill it or leave it out.")
+        return WRONG
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         parts = [_value(source, item, arguments[0], (*place, i)) for i, item in enumerate(items)]
@@ -177,7 +191,10 @@ def _value(source: Source, value: Any, hint: Any, place: Place) -> Any:
             source.wrong(source.line(place), f"{_name(place)} must hold `name: value` pairs, not {value!r}.")
             return WRONG
         if arguments[1] is Any:
-            return flatten(value)
+            flat = flatten(value)
+            if len(flat) < _leaves(value):
+                source.wrong(source.line(place), f"{_name(place)} gives a setting twice, dotted and nested; keep one.")
+            return flat
         found = {key: _value(source, item, arguments[1], (*place, key)) for key, item in value.items()}
         return {key: part for key, part in found.items() if part is not WRONG}
     try:
@@ -185,6 +202,11 @@ def _value(source: Source, value: Any, hint: Any, place: Place) -> Any:
     except ConfigError as error:
         source.wrong(source.line(place), str(error).removeprefix(": "))
         return WRONG
+
+
+def _leaves(value: Any) -> int:
+    """Settings in a nested mapping."""
+    return sum(map(_leaves, value.values())) if isinstance(value, Mapping) else 1
 
 
 def _name(place: Place) -> str:

@@ -14,7 +14,7 @@ from tmd_eval.experiment.checks import load_experiment
 from tmd_eval.experiment.estimate import Estimator
 from tmd_eval.experiment.jobs import Job, Plan, PlannedCell
 from tmd_eval.experiment.lines import Source
-from tmd_eval.experiment.rows import digest, find
+from tmd_eval.experiment.rows import digest
 from tmd_eval.experiment.schema import Changes, Experiment
 from tmd_eval.experiment.tuning import choose, read_trials
 from tmd_eval.files import write_json
@@ -60,17 +60,6 @@ def load(path: Path, out: Path) -> Loaded:
     trials_of = experiment.tuning.trials if experiment.tuning else {}
     first = {name: options[0] for name, options in trials_of.items() if options}
     cells = resolver.matrix(first | chosen)
-    rows = dict.fromkeys(cell.row for cell in cells)
-    if not source.problems:  # a row that could not be resolved would be missed by the claims, too
-        for claim in experiment.claims:
-            found = []
-            for selector in (claim.a, claim.b):
-                try:
-                    found.append(find(selector, rows, experiment))
-                except ConfigError as error:
-                    source.wrong(selector.line, str(error))
-            if len(found) == 2 and found[0] == found[1]:
-                source.wrong(claim.line, "a and b are the same row.")
     _check_prompts(experiment, source, max((cell.prompts for cell in (*trials, *cells)), default=1))
     source.check()
     return Loaded(
@@ -91,10 +80,10 @@ def _base(experiment: Experiment, source: Source) -> Base:
 
 
 def _check_prompts(experiment: Experiment, source: Source, most: int) -> None:
-    from tmd_eval.prompts import check_count
+    from tmd_eval.prompts import check_micro
 
     try:
-        check_count(experiment.evaluation.prompts, most)
+        check_micro(experiment.evaluation.prompts, most)
     except ConfigError as error:
         source.wrong(source.line(("evaluation", "prompts")), str(error))
 

@@ -10,8 +10,12 @@ from students.errors import ConfigError
 
 BASE = "base"
 """Method name, in cells and claims, of the base model itself, sampled without training."""
+TRIALS = "Tuning"
+"""Section of the trials."""
 SEEDS = 10_000
 """Seeds of trainings lie below."""
+SEED_STRIDE = 1000
+"""Distance of the base seeds of two cells' videos; at most so many videos a prompt."""
 AXES = {"m": "method.m", "n": "method.n", "h": "student.h"}
 
 
@@ -32,6 +36,10 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _positive(self, "num_prompts", "samples_per_prompt", "batch_size")
+        _require(
+            self.samples_per_prompt <= SEED_STRIDE,
+            f"samples_per_prompt must be at most {SEED_STRIDE}, or videos of two seeds share their noise.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +110,7 @@ class Ablation(Changes):
             if key == "times":
                 _require(_falls(value), f"sample: times are falling numbers from at most 1 to above 0, not {value!r}.")
             else:
-                fit = key == "n" and isinstance(value, int) and value >= 1
+                fit = key == "n" and isinstance(value, int) and not isinstance(value, bool) and value >= 1
                 _require(fit, f"sample takes times, or n, a whole number of at least 1, not {key}: {value!r}.")
 
 
@@ -125,6 +133,12 @@ class Selector:
     guidance: float | None = None
     """CFG scale of the base model, where it stands there with several."""
     line: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method == BASE:
+            _require(self.budget is None and self.ablation is None, f"{BASE} has neither budget nor ablation.")
+        else:
+            _require(self.guidance is None, f"guidance tells rows of {BASE} apart, {self.method} has none.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +259,7 @@ class Section:
     line: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.name != TRIALS, f"{TRIALS} is the section of the trials; choose another name.")
         _require(len(set(self.seeds)) == len(self.seeds), f"seeds {list(self.seeds)} repeat.")
         _require(bool(self.seeds), "seeds must name at least one.")
         _require(all(0 <= seed < SEEDS for seed in self.seeds), f"seeds lie in 0 to {SEEDS - 1}.")
