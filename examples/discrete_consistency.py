@@ -30,11 +30,11 @@ class ConsistencyConfig:
     m: int = 2
     """M, steps the student is sampled with."""
     gamma_outer: float = 10.0
-    """Shift of its sampling grid, at least 1."""
+    """Shift of its sampling grid, above 0; 1 is none."""
     steps: int = 32
     """Points of the fine grid that neighbours are taken from, at least 2."""
     gamma_fine: float = 5.0
-    """Shift of the fine grid, at least 1."""
+    """Shift of the fine grid, above 0; 1 is none."""
     guidance: float = 5.0
     """Guidance scale w of the teacher; 1 means none."""
 

@@ -42,7 +42,7 @@ class DMD2VConfig:
     m: int = 2
     """M, outer steps of the student's grid, at least 1."""
     gamma_outer: float = 10.0
-    """Shift of the outer grid, at least 1."""
+    """Shift of the outer grid, above 0; 1 is none."""
     student_every: int = 5
     """The student moves when this divides the iteration, fake score and discriminator otherwise; at least 2."""
     guidance: float = 5.0
@@ -52,7 +52,7 @@ class DMD2VConfig:
     shift_dmd: Literal["rational", "gaussian"] = "rational"
     """Kind of shift of t_dmd, the noise level in all losses."""
     gamma_dmd: float = 5.0
-    """Strength of the rational shift of t_dmd, at least 1."""
+    """Strength of the rational shift of t_dmd, above 0; 1 is none."""
     sigma_dmd: float = 0.1
     """Standard deviation of the Gaussian shift of t_dmd."""
     shift_outer: Literal["rational", "gaussian"] = "rational"

@@ -49,7 +49,7 @@ class KDConfig:
     m: int = 1
     """M of the student to warm up; the paper's warm-up is for 1 only."""
     gamma_outer: float = 10.0
-    """Shift of its grid, at least 1."""
+    """Shift of its grid, above 0; 1 is none."""
     trajectories: int = 10_000
     """Number of teacher trajectories, each of one training text and a noise of its own."""
     teacher_steps: int = 50

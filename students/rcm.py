@@ -159,12 +159,12 @@ class RCMConfig:
     discrete_skip: int = 1
     """Teacher steps from a point to its target (dcm)."""
     gamma_discrete: float = 5.0
-    """Shift of dcm's grid, at least 1."""
+    """Shift of dcm's grid, above 0; 1 is none."""
     student_every: int = 5
     """After the warm-up the student moves when this divides the iterations since, the fake score otherwise; 10 for
     14B."""
     gamma_dmd: float = 5.0
-    """Shift of the noise level of distribution matching, at least 1."""
+    """Shift of the noise level of distribution matching, above 0; 1 is none."""
     simulated_steps: int = 4
     """Backward simulation takes 1, 2, ... so many steps in turn, 1 to 4."""
     fixed_times: bool = False

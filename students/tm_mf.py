@@ -31,11 +31,11 @@ class TMMFConfig:
     n: int = 2
     """N, inner steps of the grid that r is taken from, at least 1."""
     gamma_outer: float = 10.0
-    """Shift of the outer grid, at least 1."""
+    """Shift of the outer grid, above 0; 1 is none."""
     gamma_inner: float = 10.0
-    """Shift of the inner grid, at least 1."""
+    """Shift of the inner grid, above 0; 1 is none."""
     gamma_s: float = 3.0
-    """Shift of the inner time s, at least 1."""
+    """Shift of the inner time s, above 0; 1 is none."""
     matching_share: float = 0.75
     """Share of the samples with r = s, which is plain transition matching, in [0, 1]. At 1 the embedding of s - r stays
     zero, so that u(y_s, s, r) = u(y_s, s, s)."""

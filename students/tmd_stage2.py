@@ -25,7 +25,7 @@ class Stage2Config(DMD2VConfig):
     n: int = 2
     """N, inner steps, at least 1."""
     gamma_inner: float = 10.0
-    """Shift of the inner grid, at least 1."""
+    """Shift of the inner grid, above 0; 1 is none."""
     rollout: bool = True
     """Train through all N inner steps; false (ablation): through one jump from s_N to 0, with N steps in sampling."""
     x_hat: Literal["ours", "printed"] = "ours"

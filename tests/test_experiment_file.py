@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from students.errors import ConfigError
-from tmd_eval.experiment import plan
+from tmd_eval.experiment import plan, schema
 from tmd_eval.experiment.budget import iterations_with_updates, iterations_within, student_updates
 from tmd_eval.experiment.cells import Cell, Resolver
 from tmd_eval.experiment.checks import load_experiment
@@ -94,6 +94,29 @@ def test_the_examples_are_right(name: str):
     rows = dict.fromkeys(cell.row for cell in found if cell.row.trial is None)
     for claim in made.experiment.claims:
         assert find(claim.a, rows, made.experiment) != find(claim.b, rows, made.experiment)
+
+
+def test_the_files_of_the_manual_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    manual = (EXAMPLES.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    smallest, own = (block.partition("```")[0] for block in manual.split("```yaml\n")[1:])
+    (tmp_path / "smallest.yaml").write_text(smallest)
+    assert {cell.row.ablation for cell in cells(tmp_path / "smallest.yaml")} == {None, "no_gan"}
+    monkeypatch.chdir(EXAMPLES.parent)
+    smoke = yaml.safe_load((EXAMPLES / "micro_matrix_smoke.yaml").read_text(encoding="utf-8"))
+    smoke["methods"] |= yaml.safe_load(own)["methods"]
+    del smoke["tuning"]
+    smoke["sections"][0]["cells"].append({"methods": "consistency", "m": 2})
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(smoke, sort_keys=False))
+    assert any(cell.row.method == "consistency" for cell in cells(tmp_path / "own.yaml"))
+
+
+def test_every_key_of_the_schema_stands_in_the_manual():
+    manual = (EXAMPLES.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    parts = (schema.Experiment, schema.Evaluation, schema.Untrained, schema.Method, schema.Stage, schema.Budget)
+    parts += (schema.Like, schema.Tuning, schema.Changes, schema.Ablation, schema.Section, schema.Block)
+    for part in (*parts, schema.Claim, schema.Selector):
+        for field in fields(part):
+            assert field.name == "line" or f"`{field.name}`" in manual, (part, field.name)
 
 
 def test_the_micro_matrix_is_what_the_issue_asks_for():
