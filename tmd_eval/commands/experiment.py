@@ -44,11 +44,12 @@ def run(
     """
     import json
 
+    folder = _folder(file, out)  # before the heavy imports: a file that is not there is told at once
     from tmd_eval.experiment.run import Options, outcome_json
     from tmd_eval.experiment.run import run as run_experiment
 
     options = Options(
-        file=file, out=_folder(file, out), workers=workers, budget_minutes=budget_minutes, limit=limit,
+        file=file, out=folder, workers=workers, budget_minutes=budget_minutes, limit=limit,
         measure=measure, keep_states=keep_states,
     )  # fmt: skip
     if dry_run:
@@ -206,8 +207,8 @@ def _folder(file: Path, out: Path | None) -> Path:
     from students.errors import ConfigError
     from tmd_eval.experiment.lines import load
 
+    source = load(file)
     if out is None:
-        source = load(file)
         named = source.tree.get("out")
         if not isinstance(named, str) or not named:
             line = source.line(("out",))
