@@ -93,11 +93,8 @@ class Resolver:
         for name, trials in (tuning.trials if tuning else {}).items():
             assert tuning is not None
             method = self.experiment.methods.get(name)
-            lacking = method is None or any(
-                axis in method.axes and getattr(tuning, axis) is None for axis in ("n", "h")
-            )
-            if method is None or lacking:  # noted as a mistake
-                continue
+            if method is None or any(a in method.axes and getattr(tuning, a) is None for a in ("n", "h")):
+                continue  # noted as a mistake
             for number, changes in enumerate(trials):
                 row = Row(
                     method=name,
@@ -244,84 +241,81 @@ class Resolver:
             raise ConfigError(f"{row.method} at M = {row.m} has no stage left.")
         configs: list[TrainConfig] = []
         wrong: list[tuple[int, str]] = []
+        told: set[tuple[int, str]] = set()
         for first, stage in ((stage is stages[0], stage) for stage in stages):
             runner = {} if first else {"parent": "-"}
             axes = method.axes if stage.axes is None else stage.axes
-            given = [(stage.line, stage.set), (changes.line or line, _changed(changes, stage))]
-            given += [(ablation.line, _changed(ablation, stage))] if ablation else []
-            if not first:
-                text = f"parent of stage {stage.name} is the stage before it; take it out, or drop that stage."
-                wrong += [(place, text) for place, settings in given if "parent" in settings]
+            own, *given = self._given(stage, row, changes, line)
             layers = [
                 Layer(line=stage.line, settings={"base": self.experiment.base, "seed": seed, "out": "-"} | runner),
-                Layer(line=stage.line, settings={**stage.set} | runner),
+                Layer(line=stage.line, settings={**own.settings, **runner}),
                 Layer(
                     line=line, settings={setting: getattr(row, axis) for axis, setting in axes.items()},
                     names_line=method.line if stage.axes is None else stage.line,
                 ),
-                *(Layer(line=place, settings=settings) for place, settings in given[1:]),
+                *given,
             ]  # fmt: skip
+            parents = [layer.line for layer in (own, *given) if "parent" in layer.settings]
+            if not first:
+                text = f"parent of stage {stage.name} is the stage before it; take it out, or drop that stage."
+                wrong += [(place, text) for place in parents]
             try:
-                configs.append(self._settings.resolved(stage, layers))
-                if ablation is None:
-                    self._check_data(stage, configs[-1])
-                if first:
-                    parent_given = any("parent" in settings for _, settings in given)
-                    blamed = ablation.line if ablation is not None and ablation.drop else stage.line
-                    self._check_first(stage, configs[-1], parent_given, blamed)
+                config = self._settings.resolved(stage, layers)
             except Blamed as error:
-                told = {
-                    (place, text.removeprefix(f"stage {other.name}: ")) for place, text in wrong for other in stages
-                }
                 wrong += [
-                    part for part in error.parts if (part[0], part[1].removeprefix(f"stage {stage.name}: ")) not in told
+                    (place, f"stage {stage.name}: {text}") for place, text in error.parts if (place, text) not in told
                 ]
+                told |= set(error.parts)
+                continue
+            configs.append(config)
+            if ablation is None and self._other_data(config):
+                wrong.append(
+                    (stage.line, f"stage {stage.name} ({stage.preset}) has other data than the methods before it.")
+                )
+            if first and not parents and (config.parent is not None or config.kind.parents):
+                needs = f" by {' or '.join(config.kind.parents)}" if config.kind.parents else " before"
+                text = (
+                    f"stage {stage.name} ({stage.preset}) starts from a student trained{needs}, but no stage comes "
+                    "before it; add that stage, or give its parent (null: the teacher)."
+                )
+                wrong.append((ablation.line if ablation is not None and ablation.drop else stage.line, text))
         if wrong:
             raise Blamed(*wrong)
         made: list[Training] = []
         for stage, config in zip(stages, configs, strict=True):
-            if made:
-                self._check_parent(stage, config, made[-1])
+            kinds = config.kind.parents
+            if made and kinds is not None and made[-1].config.kind.label not in kinds:
+                text = (
+                    f"stage {stage.name} ({config.method_name}) goes on from {' or '.join(kinds)}, "
+                    f"not from {made[-1].config.kind.label} of stage {made[-1].stage}."
+                )
+                raise Blamed((stage.line, text))
             made.append(self._training(stage.name, stage.preset, config, made[-1].key if made else None))
         return made
 
+    def _given(self, stage: Stage, row: Row, changes: Changes, line: int) -> list[Layer]:
+        """What the file sets for a stage: by itself, by the tuning, by the ablation."""
+        ablation = self.experiment.ablations.get(row.ablation or "")
+        layers = [Layer(line=stage.line, settings=stage.set)]
+        layers.append(Layer(line=changes.line or line, settings=_changed(changes, stage)))
+        return layers + ([Layer(line=ablation.line, settings=_changed(ablation, stage))] if ablation else [])
+
     def _check_iterations(self, row: Row, changes: Changes, last: str, line: int) -> None:
-        method, ablation = self.experiment.methods[row.method], self.experiment.ablations.get(row.ablation or "")
-        stage = next(stage for stage in method.stages if stage.name == last)
-        given = [(stage.line, stage.set), (changes.line or line, _changed(changes, stage))]
-        given += [(ablation.line, _changed(ablation, stage))] if ablation else []
+        """Refuse iterations that the budget would overwrite."""
+        stage = next(stage for stage in self.experiment.methods[row.method].stages if stage.name == last)
         text = f"iterations of stage {last} come from the budget; take them out."
-        wrong = [(place, text) for place, settings in given if "iterations" in settings]
+        given = self._given(stage, row, changes, line)
+        wrong = [(layer.line, text) for layer in given if "iterations" in layer.settings]
         if wrong:
             raise Blamed(*wrong)
 
-    def _check_first(self, stage: Stage, config: TrainConfig, parent_given: bool, line: int) -> None:
-        kinds = config.kind.parents
-        if not parent_given and (config.parent is not None or kinds):
-            needs = f" by {' or '.join(kinds)}" if kinds else " before"
-            text = (
-                f"stage {stage.name} ({stage.preset}) starts from a student trained{needs}, but no stage comes "
-                "before it; add that stage, or give its parent (null: the teacher)."
-            )
-            raise Blamed((line, text))
-
-    def _check_parent(self, stage: Stage, config: TrainConfig, before: Training) -> None:
-        kinds = config.kind.parents
-        if kinds is not None and before.config.kind.label not in kinds:
-            text = (
-                f"stage {stage.name} ({config.method_name}) goes on from {' or '.join(kinds)}, "
-                f"not from {before.config.kind.label} of stage {before.stage}."
-            )
-            raise Blamed((stage.line, text))
-
-    def _check_data(self, stage: Stage, config: TrainConfig) -> None:
+    def _other_data(self, config: TrainConfig) -> bool:
+        """Whether a training's data are not those of the first one."""
         from students.settings import to_tree
 
         data = to_tree(config.data)
         self._data = data if self._data is None else self._data
-        if data != self._data:
-            text = f"stage {stage.name} ({stage.preset}) has other data than the methods before it."
-            raise Blamed((stage.line, text))
+        return data != self._data
 
     def _training(self, stage: str, preset: str, config: TrainConfig, parent: str | None) -> Training:
         from students.data import INDEX

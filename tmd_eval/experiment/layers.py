@@ -59,12 +59,13 @@ class Settings:
                 if whole is not None:
                     single = [self._fault(stage, before | {name: value}) for name, value in layer.settings.items()]
                     texts = [text for text in single if text is not None] or [whole]
-                    raise Blamed(*(self._part(stage, layer, text) for text in texts)) from None
+                    raise Blamed(*(self._part(layer, text) for text in texts)) from None
             raise
 
-    def _part(self, stage: Stage, layer: Layer, text: str) -> tuple[int, str]:
+    @staticmethod
+    def _part(layer: Layer, text: str) -> tuple[int, str]:
         of_name = layer.names_line is not None and text.startswith("unknown key")
-        return layer.names_line if of_name else layer.line, f"stage {stage.name}: {text}"  # type: ignore[return-value]
+        return layer.names_line if of_name else layer.line, text  # type: ignore[return-value]
 
     def _fault(self, stage: Stage, settings: Mapping[str, Any]) -> str | None:
         try:
