@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from students.errors import ConfigError
 
@@ -69,20 +70,29 @@ def iterations_within(config: TrainConfig, compute: float, blocks: int) -> int:
 def _method(config: TrainConfig) -> Method:
     """The method without weights: on the meta device, of the smallest shape, for ``turn`` depends on settings alone."""
     import torch
-    from diffusers import WanTransformer3DModel
 
     from students.build import new_student
 
     key = json.dumps([config.method_name, str(config.method), config.kind.flow_head])
     if key not in _METHODS:
+        teacher = _teacher(max(config.student.h + 1, 4))
         with torch.device("meta"):
-            teacher = WanTransformer3DModel(
-                num_layers=max(config.student.h + 1, 4), num_attention_heads=2, attention_head_dim=12, in_channels=4,
-                out_channels=4, text_dim=8, freq_dim=8, ffn_dim=8,
-            )  # fmt: skip
             negative = torch.empty(1, 1, 8)
             _METHODS[key] = config.kind.build(new_student(config, teacher), teacher, negative, config.method)
     return _METHODS[key]
 
 
 _METHODS: dict[str, Method] = {}
+
+
+@cache
+def _teacher(blocks: int) -> Any:
+    """A frozen teacher without weights, which methods share."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        return WanTransformer3DModel(
+            num_layers=blocks, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
+            freq_dim=8, ffn_dim=8,
+        ).requires_grad_(False)  # fmt: skip

@@ -43,6 +43,7 @@ class Settings:
         """Take where presets are looked for first, and L of the base model."""
         self.beside, self.blocks = beside, blocks
         self._configs: dict[str, TrainConfig] = {}
+        self._presets: dict[str, Any] = {}
 
     def resolved(self, stage: Stage, layers: Sequence[Layer]) -> TrainConfig:
         """The settings of a stage, later layers over earlier ones.
@@ -75,12 +76,15 @@ class Settings:
         return None
 
     def _config(self, stage: Stage, settings: Mapping[str, Any]) -> TrainConfig:
-        from students.config import load_config
+        from students.config import resolve
+        from students.settings import Layer as Named
+        from students.settings import yaml_layers
 
-        texts = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-        key = json.dumps([stage.preset, texts])
+        key = json.dumps([stage.preset, settings])
         if key not in self._configs:
-            config = load_config(self._preset(stage), texts, environ={})
+            if stage.preset not in self._presets:
+                self._presets[stage.preset] = yaml_layers(self._preset(stage))
+            config = resolve([*self._presets[stage.preset], Named("--set", dict(settings))])
             config.check_base(self.blocks)
             self._configs[key] = config
         return self._configs[key]
