@@ -161,7 +161,8 @@ def _scores(
         prompts=_prompt_table(name, runs),
         trained=trained,
         students=weights if trained else (),
-        # Trainings draw from (seed, iteration): with as many steps of as many updates, the same data, times and noise.
+        # Trainings draw from (seed, iteration), so these start with the same data, times and noise; what an ablation
+        # draws otherwise parts them later, and how far they stay alike is estimated (leaderboard/effects.py).
         family=f"{row.method} M = {row.m}, {row.budget}" if trained else "",
         numbers=tuple(cell.seed for cell in cells),
     )
