@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_wan                   # 80 GB, 9 minutes at most; writes reports/gpu/wan_1.3b.{json,md}
     python -m benchmarks.gpu_wan --size tiny --device cpu --rounds 1 --warmup 0 --out /tmp/gpu
 
-Not run yet: no GPU was lent to the session that wrote it. The second line runs the same code in seconds, as a test
-does; it shows only that it runs. From a checkout nothing need be installed but torch, diffusers, transformers, ftfy,
+Run on an H200 in four minutes: reports/gpu/. The second line runs the same code on the CPU in seconds, as a test does;
+it shows only that it runs. From a checkout nothing need be installed but torch, diffusers, transformers, ftfy,
 pyyaml, tqdm and pillow. Measured at 21 x 60 x 104 latents (81 frames of 480x832), bf16, batch 1:
 
 - one teacher forward through ``students.base.velocity`` against diffusers' own forward, and its TFLOP/s as a share of

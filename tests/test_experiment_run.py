@@ -25,6 +25,7 @@ from tmd_eval.cli import app
 from tmd_eval.experiment import jobs as store
 from tmd_eval.experiment import measure, worker
 from tmd_eval.experiment import run as running
+from tmd_eval.experiment.dry import dry_run
 from tmd_eval.experiment.jobs import Job, load_plan
 from tmd_eval.experiment.run import Options, run
 from tmd_eval.experiment.runner import Progress, Runner
@@ -397,6 +398,19 @@ def test_limit_takes_the_first_cells(world: Path, finished: Path, tmp_path: Path
     assert [cell.row["method"] for cell in outcome.plan.cells] == ["base"]
     with pytest.raises(ConfigError, match="limit must be at least 1"):
         Options(file=world / "experiment.yaml", out=tmp_path, limit=0)
+
+
+def test_sections_share_a_matrix_among_machines(world: Path, finished: Path, tmp_path: Path):
+    extra = {"name": "More", "seeds": [0], "cells": [{"methods": "tmd", "m": 1, "n": 2, "h": 2}]}
+    main = {"name": "Main", "seeds": [0], "cells": [{"methods": "tmd", "m": 2, "n": 2, "h": 2}]}
+    path = write(world, "shared", sections=[main, extra], untrained=[], claims=[], ablations={})
+    options = Options(file=path, out=tmp_path / "out", sections=("More",))
+    assert options.command.endswith("--section More")
+    plan = dry_run(options)
+    assert list(plan["sections"]) == ["More"] and plan["cells"] == 1
+    assert dry_run(Options(file=path, out=tmp_path / "out"))["cells"] == 2
+    with pytest.raises(ConfigError, match="has no section 'Mian'; it has: Main, More"):
+        dry_run(Options(file=path, out=tmp_path / "out", sections=("Mian",)))
 
 
 def test_the_tuning_decides_the_settings_of_the_matrix(

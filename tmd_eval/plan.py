@@ -19,7 +19,7 @@ from students.facts import Facts, read_facts
 from students.machine import home
 from students.method import Shape
 from students.parallel import kept
-from tmd_eval.plan_activations import Sizes, activation_bytes, build
+from tmd_eval.plan_activations import Activations, Sizes, activation_bytes, build
 
 RESERVE = 0.08
 """Share of a GPU's memory left to the CUDA context, communication buffers and the allocator's fragments."""
@@ -32,22 +32,24 @@ WAN: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one GPU by part, at the costliest turn of an update."""
+    """Bytes of one GPU by part, at one moment of the costliest turn."""
 
     turn: tuple[str, ...]
     """Networks that move at that turn."""
+    moment: str
+    """"forward", "backward" or "update"."""
     weights: dict[str, int]
     """By network, the frozen teacher among them."""
     gathered: int
     """Working copies: whole blocks of sharded networks, or bf16 copies under autocast."""
     gradients: int
-    """Of the networks that move, with the copy that data parallelism exchanges."""
+    """Of the networks that move, as far as they are there."""
     optimiser: int
     """AdamW's two moments of all networks."""
     average: int
     """Moving average of the student."""
     activations: int
-    """All else that is alive at once in forward and backward passes."""
+    """All else that is alive at once: in a pass, or AdamW's intermediate and what data parallelism exchanges."""
 
     @property
     def total(self) -> int:
@@ -131,10 +133,10 @@ def block_flops(sizes: Sizes) -> float:
     return 8 * s * d**2 + 4 * s**2 * d + 4 * s * d**2 + 4 * t * d**2 + 4 * s * t * d + 4 * s * d * shape["ffn_dim"]
 
 
-class Counts(dict[Any, dict[tuple[str, ...], int]]):
+class Counts(dict[Any, dict[tuple[str, ...], Activations]]):
     """Counted activations by the settings in which plans of one run differ; a count takes many seconds."""
 
-    def of(self, config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...], int]:
+    def of(self, config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...], Activations]:
         """As :func:`tmd_eval.plan_activations.activation_bytes`."""
         key = config.precision, config.gradient_checkpointing, config.parallel.checkpoint_head
         if key not in self:
@@ -158,7 +160,7 @@ def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None, counts
     blocks = sizes.transformer["num_layers"]
     config.check_base(blocks)
     config.parallel.check(gpus, sizes.transformer["num_attention_heads"], tokens_of(sizes))
-    pairs, _ = config.passes(gpus // config.parallel.context)
+    pairs, passes = config.passes(gpus // config.parallel.context)
     method, teacher = build(config, sizes, "meta")
     networks: dict[str, nn.Module] = {"teacher": teacher, **method.networks}
     shape = Shape(blocks=blocks, h=config.student.h if config.kind.flow_head else None)
@@ -167,8 +169,9 @@ def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None, counts
     one = block_flops(sizes)
     counted = (Counts() if counts is None else counts).of(config, sizes)
     memories = [
-        _memory(config, gpus, networks, turn, round(live * pairs / config.parallel.context))
+        memory
         for turn, live in counted.items()
+        for memory in _moments(config, gpus, networks, turn, live, pairs, passes > 1)
     ]
     return Plan(
         config=config, gpus=gpus,
@@ -178,9 +181,15 @@ def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None, counts
     )  # fmt: skip
 
 
-def _memory(
-    config: TrainConfig, gpus: int, networks: dict[str, nn.Module], turn: tuple[str, ...], activations: int
-) -> Memory:
+def _moments(
+    config: TrainConfig, gpus: int, networks: dict[str, nn.Module], turn: tuple[str, ...], live: Activations,
+    pairs: int, accumulates: bool,
+) -> Iterator[Memory]:  # fmt: skip
+    """The moments of a turn at which most may be alive.
+
+    The trainer drops gradients before every update, so with one pass there are none before the backward pass makes
+    them, while it frees what the forward pass stored: either its start or its end is the most.
+    """
     sharded = config.parallel.shard == "fsdp" and gpus > 1
     shards = (config.parallel.shard_ranks or gpus) if sharded else 1
     low = config.precision == "bf16"
@@ -189,7 +198,6 @@ def _memory(
     weights = {"teacher": _stored(networks["teacher"], low, shards)}
     weights |= {name: round(4 * count / shards) for name, count in trained.items()}
     moving = sum(trained[name] for name in turn)
-    exchange = max(trained[name] for name in turn) if gpus > 1 and not sharded else 0
     if sharded:  # a block and the next one of the widest network, and a flow head that stays
         width = {name: 2 if low else 4 for name in networks}
         outer = dict(width)
@@ -198,13 +206,24 @@ def _memory(
             width["student"] = width["student"] if config.kind.flow_head else 4
         gathered = 2 * max(width[name] * _block(network) for name, network in networks.items())
         gathered += max(outer[name] * _kept_gathered(network) for name, network in networks.items())
-    else:  # autocast keeps a bf16 copy of what it multiplies until the backward pass is over
+    else:  # autocast keeps a bf16 copy of what it multiplies until the backward pass has used it
         gathered = 2 * moving if low else 0
-    return Memory(
-        turn=turn, weights=weights, gathered=gathered, gradients=round(4 * moving / shards) + 4 * exchange,
-        optimiser=round(8 * sum(trained.values()) / shards),
-        average=round(4 * trained["student"] / shards) if config.ema else 0, activations=activations,
-    )  # fmt: skip
+    gradients = round(4 * moving / shards)
+    before = gradients if accumulates else 0
+    share = pairs / config.parallel.context
+    # AdamW takes the root of one network's second moments at once; an exchange of whole gradients is as large
+    update = round(4 * max(trained[name] for name in turn) / shards)
+    for moment, copies, grads, rest in (
+        ("forward", gathered, before, round(live.forward * share)),
+        ("backward", gathered, before, round(live.backward * share)),
+        ("backward", gathered if sharded else 0, gradients, round(live.late * share)),
+        ("update", 0, gradients, update),
+    ):
+        yield Memory(
+            turn=turn, moment=moment, weights=weights, gathered=copies, gradients=grads, activations=rest,
+            optimiser=round(8 * sum(trained.values()) / shards),
+            average=round(4 * trained["student"] / shards) if config.ema else 0,
+        )  # fmt: skip
 
 
 def _stored(teacher: nn.Module, low: bool, shards: int) -> int:

@@ -194,8 +194,26 @@ def costliest_turns(config: TrainConfig, method: Method, blocks: int) -> dict[tu
     return {turn: iteration for turn, (_, iteration) in most.items()}
 
 
-def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dict[tuple[str, ...], int]:
-    """Bytes one pass of one pair needs beside weights and gradients, for every kind of turn; counted in full.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes that one pass of one pair needs beside weights and gradients."""
+
+    forward: int
+    """The most alive at once until the loss is there."""
+    backward: int
+    """The most alive at once after that."""
+    late: int
+    """The most alive at once from the first gradient of a block on. :func:`activation_bytes` gives it without what was
+    stored block by block, as that is gone when all gradients are there."""
+
+    @property
+    def peak(self) -> int:
+        """The most alive at once."""
+        return max(self.forward, self.backward)
+
+
+def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dict[tuple[str, ...], Activations]:
+    """Bytes of one pass for every kind of turn, counted in full.
 
     Args:
         config: the run.
@@ -203,14 +221,14 @@ def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dic
         device: "meta", or a real one to compute with.
 
     Returns:
-        Names of the networks that move to the largest number of live bytes.
+        By the names of the networks that move.
     """
     method, teacher = build(config, sizes, device)
     batch = blank_batch(config, sizes, device)
     for network in method.networks.values():
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    found: dict[tuple[str, ...], int] = {}
+    found: dict[tuple[str, ...], Activations] = {}
     for turn, iteration in costliest_turns(config, method, sizes.transformer["num_layers"]).items():
         live = LiveBytes(device)
         networks = (teacher, *method.networks.values())
@@ -222,8 +240,24 @@ def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dic
         with shapes as wide, live:
             live.know(wide)
             losses = method.losses(batch, iteration, torch.Generator().manual_seed(0))
+            forward, live.peak = live.peak, live.now
+            early: list[int] = []
+
+            def first(_: Tensor, early: list[int] = early, live: LiveBytes = live) -> None:
+                if not early:
+                    early.append(live.peak)
+                    live.peak = live.now
+
+            hooks = [
+                parameter.register_post_accumulate_grad_hook(first)
+                for name in turn
+                for place, parameter in method.networks[name].named_parameters()
+                if "blocks." in place and parameter.requires_grad
+            ]
             torch.stack([loss.double() for loss in losses.values()]).sum().backward()
-        found[turn] = live.peak
+            for hook in hooks:
+                hook.remove()
+        found[turn] = Activations(forward=forward, backward=max([*early, live.peak]), late=live.peak)
     return found
 
 
@@ -231,7 +265,7 @@ DEPTHS = ((3, 1), (5, 1), (3, 2))
 """(blocks of the backbone, H) that are counted; a plain student's are their sums."""
 
 
-def activation_bytes(config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...], int]:
+def activation_bytes(config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...], Activations]:
     """As :func:`update_bytes` at full depth, from shallow networks of the true width.
 
     Args:
@@ -249,9 +283,17 @@ def activation_bytes(config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...],
         if getattr(method, "feature_blocks", None) is not None:
             method = dataclasses.replace(method, feature_blocks=None)
         counted.append(update_bytes(dataclasses.replace(config, student=student, method=method), shallow))
-    found = {}
-    for turn, first in counted[0].items():
-        per_block = (counted[1][turn] - first) / (depths[1][0] - depths[0][0])
-        per_head = counted[2][turn] - first if config.kind.flow_head else 0
-        found[turn] = round(first + per_block * (blocks - head - depths[0][0]) + per_head * (head - depths[0][1]))
-    return found
+
+    def at_depth(values: list[int], backbone: int, h: int) -> int:
+        per_block = (values[1] - values[0]) / (depths[1][0] - depths[0][0])
+        per_head = values[2] - values[0] if config.kind.flow_head else 0
+        return max(round(values[0] + per_block * (backbone - depths[0][0]) + per_head * (h - depths[0][1])), 0)
+
+    return {
+        turn: Activations(
+            forward=at_depth([c[turn].forward for c in counted], blocks - head, head),
+            backward=at_depth([c[turn].backward for c in counted], blocks - head, head),
+            late=at_depth([c[turn].late for c in counted], 0, 0),
+        )
+        for turn in counted[0]
+    }

@@ -29,6 +29,9 @@ def run(
         float | None, typer.Option(help="Stop after so many minutes, with the state saved (exit 3).")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many cells of the matrix.")] = None,
+    section: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only the cells of this section; may be repeated.")
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Only measure steps, for estimates of time.")] = False,
     keep_states: Annotated[
         bool, typer.Option("--keep-states", help="Keep the states that finished trainings could be resumed from.")
@@ -50,7 +53,7 @@ def run(
 
     options = Options(
         file=file, out=folder, workers=workers, budget_minutes=budget_minutes, limit=limit,
-        measure=measure, keep_states=keep_states,
+        sections=tuple(section or ()), measure=measure, keep_states=keep_states,
     )  # fmt: skip
     if dry_run:
         from tmd_eval.experiment.dry import dry_run as describe

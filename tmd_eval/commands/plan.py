@@ -51,7 +51,8 @@ def plan(
             "config": str(config), "gpus": gpus, "gpu_memory_gib": gpu_memory, "parameters": found.parameters,
             "flops_teacher_forward": found.flops_forward, "flops_iteration": found.flops_iteration,
             "flops_setup": found.flops_setup, "iterations": run.iterations, "gpu_hours": hours,
-            "turn": list(memory.turn), "bytes_per_gpu": parts, "total_bytes_per_gpu": memory.total, "fits": fits,
+            "turn": list(memory.turn), "moment": memory.moment, "bytes_per_gpu": parts,
+            "total_bytes_per_gpu": memory.total, "fits": fits,
             "changes": [
                 {"change": what, "total_bytes_per_gpu": other.memory.total, "fits": other.fits(gpu_memory)}
                 for what, other in changes
@@ -69,8 +70,8 @@ def plan(
             typer.echo(f"{f'{run.iterations:,} iterations at {tflops:g} TFLOP/s':36} {hours:16,.0f} GPU-hours")
         for name, size in parts.items():
             typer.echo(f"{name:36} {size / gib:16.2f} GiB a GPU")
-        turn = " and ".join(name.replace("_", " ") for name in memory.turn)
-        typer.echo(f"{'total, at the turn of ' + turn:36} {memory.total / gib:16.2f} GiB of {gpu_memory:g}")
+        when = " and ".join(name.replace("_", " ") for name in memory.turn) + f", {memory.moment}"
+        typer.echo(f"{'total, turn of ' + when:36} {memory.total / gib:16.2f} GiB of {gpu_memory:g}")
         typer.echo(f"fits, {RESERVE:.0%} spared" if fits else "does not fit; change, each on top of those before it:")
         for what, other in changes:
             verdict = "fits" if other.fits(gpu_memory) else "does not fit yet"

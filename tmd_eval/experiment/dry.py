@@ -20,7 +20,7 @@ def dry_run(options: Options) -> dict[str, Any]:
         ConfigError: the file is wrong, all mistakes at once.
     """
     loaded = load(options.file, options.out)
-    plan = make_plan(loaded, options.out, limit=options.limit)
+    plan = make_plan(loaded, options.out, limit=options.limit, sections=options.sections)
     left = {job.id: job for job in unfinished(options.out, plan.jobs.values())}
     workers = options.workers or default_workers()[0]
     kinds = {kind: sum(job.kind == kind for job in left.values()) for kind in ("measure", "train", "generate", "score")}

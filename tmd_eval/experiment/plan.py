@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,15 +88,22 @@ def _check_prompts(experiment: Experiment, source: Source, most: int) -> None:
         source.wrong(source.line(("evaluation", "prompts")), str(error))
 
 
-def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None) -> Plan:
+def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None, sections: Sequence[str] = ()) -> Plan:
     """The jobs of an experiment.
 
     Args:
         loaded: the experiment.
         out: folder of the run, which holds the measured steps.
         limit: only so many cells of the matrix, in the order of the file.
+        sections: only the cells of these; empty: of all.
+
+    Raises:
+        ConfigError: the file has no section of such a name.
     """
-    matrix = loaded.cells[:limit]
+    names = [section.name for section in loaded.experiment.sections]
+    if unknown := [name for name in sections if name not in names]:
+        raise ConfigError(f"{loaded.source.path} has no section {unknown[0]!r}; it has: {', '.join(names)}.")
+    matrix = [cell for cell in loaded.cells if not sections or set(sections) & set(cell.sections)][:limit]
     needed = {cell.row.method for cell in matrix}
     trials = [cell for cell in loaded.trials if cell.row.method in needed]
     estimator = Estimator(out, loaded.base, [*trials, *matrix])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -39,6 +40,8 @@ class Options:
     """Stop after so many minutes, with the state saved."""
     limit: int | None = None
     """Only so many cells of the matrix, in the order of the file."""
+    sections: tuple[str, ...] = ()
+    """Only the cells of these sections; empty: of all."""
     measure: bool = False
     """Only measure steps, for estimates."""
     keep_states: bool = False
@@ -56,7 +59,8 @@ class Options:
     def command(self) -> str:
         """The command that makes the same again."""
         limit = f" --limit {self.limit}" if self.limit else ""
-        return f"tmd-eval experiment run {self.file} --out {self.out}{limit}"
+        sections = "".join(f" --section {shlex.quote(name)}" for name in self.sections)
+        return f"tmd-eval experiment run {self.file} --out {self.out}{sections}{limit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ def run(options: Options) -> Outcome:
     out = options.out
     with store.run_lock(out):
         loaded = load(options.file, out)
-        plan = make_plan(loaded, out, limit=options.limit)
+        plan = make_plan(loaded, out, limit=options.limit, sections=options.sections)
         for job in plan.jobs.values():  # a new run tries again what failed in the last one
             store.failed_file(out, job).unlink(missing_ok=True)
         store.save_plan(out, plan)
@@ -115,7 +119,7 @@ def _phases(
         measures = [job for job in lacking if job.kind == "measure"]
         if measures:
             runner.run(measures)
-            plan = make_plan(loaded, out, limit=options.limit)
+            plan = make_plan(loaded, out, limit=options.limit, sections=options.sections)
             store.save_plan(out, plan)
             table.update(plan)
     if options.measure or runner.progress.stopped:
@@ -128,7 +132,7 @@ def _phases(
             return loaded, plan
         loaded = load(options.file, out)
         write_tuning(out, loaded)
-        plan = make_plan(loaded, out, limit=options.limit)
+        plan = make_plan(loaded, out, limit=options.limit, sections=options.sections)
         store.save_plan(out, plan)
         table.update(plan)
     jobs = [job for job in plan.allowed.values() if job.kind != "measure"]
