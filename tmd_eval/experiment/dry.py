@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tmd_eval.experiment.plan import load, make_plan, unfinished
-from tmd_eval.experiment.run import Options
+from tmd_eval.experiment.plan import load, unfinished
+from tmd_eval.experiment.run import Options, plan_of
 from tmd_eval.experiment.runner import default_workers
 from tmd_eval.experiment.table import duration
 
@@ -20,7 +20,7 @@ def dry_run(options: Options) -> dict[str, Any]:
         ConfigError: the file is wrong, all mistakes at once.
     """
     loaded = load(options.file, options.out)
-    plan = make_plan(loaded, options.out, limit=options.limit, sections=options.sections)
+    plan = plan_of(options, loaded)
     left = {job.id: job for job in unfinished(options.out, plan.jobs.values())}
     workers = options.workers or default_workers()[0]
     kinds = {kind: sum(job.kind == kind for job in left.values()) for kind in ("measure", "train", "generate", "score")}

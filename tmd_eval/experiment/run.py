@@ -75,6 +75,11 @@ class Outcome:
     """Path of index.html, if any cell is there to report."""
 
 
+def plan_of(options: Options, loaded: Loaded) -> Plan:
+    """The jobs of the cells that the options ask for."""
+    return make_plan(loaded, options.out, limit=options.limit, sections=options.sections)
+
+
 def run(options: Options) -> Outcome:
     """Do what is missing of an experiment and write its report.
 
@@ -87,7 +92,7 @@ def run(options: Options) -> Outcome:
     out = options.out
     with store.run_lock(out):
         loaded = load(options.file, out)
-        plan = make_plan(loaded, out, limit=options.limit, sections=options.sections)
+        plan = plan_of(options, loaded)
         for job in plan.jobs.values():  # a new run tries again what failed in the last one
             store.failed_file(out, job).unlink(missing_ok=True)
         store.save_plan(out, plan)
@@ -119,7 +124,7 @@ def _phases(
         measures = [job for job in lacking if job.kind == "measure"]
         if measures:
             runner.run(measures)
-            plan = make_plan(loaded, out, limit=options.limit, sections=options.sections)
+            plan = plan_of(options, loaded)
             store.save_plan(out, plan)
             table.update(plan)
     if options.measure or runner.progress.stopped:
@@ -132,7 +137,7 @@ def _phases(
             return loaded, plan
         loaded = load(options.file, out)
         write_tuning(out, loaded)
-        plan = make_plan(loaded, out, limit=options.limit, sections=options.sections)
+        plan = plan_of(options, loaded)
         store.save_plan(out, plan)
         table.update(plan)
     jobs = [job for job in plan.allowed.values() if job.kind != "measure"]
