@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from students.base import velocity
 from students.config import TrainConfig, load_config
 from students.errors import ConfigError, QualityGateError
-from students.method import Shape
+from students.method import Method, Shape
 from students.parallel import embed_time_in_full, store_low
 from tmd_eval.cli import app
 from tmd_eval.plan import RESERVE, Plan, advice, block_flops, make_plan, sizes_of, tokens_of
@@ -87,13 +87,21 @@ def test_memory_model_against_saved_tensors(name: str, iteration: int) -> None:
     assert planned == pytest.approx(saved_bytes(config, iteration), rel=0.15)
 
 
-def peak_under_autocast(config: TrainConfig) -> dict[tuple[str, ...], int]:
-    """Most bytes alive in a real bf16 pass as the trainer makes it: float32 weights, autocast, its bf16 copies."""
-    method, teacher = build(dataclasses.replace(config, precision="fp32"), SIZES, "cpu")
-    store_low(teacher)
-    networks, found = (teacher, *method.networks.values()), {}
+def as_trained(config: TrainConfig, sizes: Sizes) -> tuple[Method, tuple[nn.Module, ...]]:
+    """Method and networks as the trainer holds them: float32 but for the teacher of a bf16 run."""
+    method, teacher = build(dataclasses.replace(config, precision="fp32"), sizes, "cpu")
+    if config.precision == "bf16":
+        store_low(teacher)
+    networks = (teacher, *method.networks.values())
     for network in networks:
         embed_time_in_full(network, torch.device("cpu"))
+    return method, networks
+
+
+def peak_under_autocast(config: TrainConfig) -> dict[tuple[str, ...], int]:
+    """Most bytes alive in a real bf16 pass as the trainer makes it: float32 weights, autocast, its bf16 copies."""
+    method, networks = as_trained(config, SIZES)
+    found = {}
     for turn, iteration in costliest_turns(config, method, 8).items():
         live = LiveBytes("cpu")
         grads = [torch.zeros_like(p) for network in method.networks.values() for p in network.parameters()]
@@ -129,12 +137,7 @@ def test_bf16_runs_against_a_real_pass(name: str, settings: tuple[str, ...]) -> 
 
 def peak_of_update(config: TrainConfig, sizes: Sizes, turn: tuple[str, ...], passes: int) -> int:
     """Most bytes alive in a real update as the trainer makes it on one GPU, beside weights and moments."""
-    method, teacher = build(dataclasses.replace(config, precision="fp32"), sizes, "cpu")
-    if config.precision == "bf16":
-        store_low(teacher)
-    networks = (teacher, *method.networks.values())
-    for network in networks:
-        embed_time_in_full(network, torch.device("cpu"))
+    method, networks = as_trained(config, sizes)
     iteration = costliest_turns(config, method, 8)[turn]
     optimisers = [torch.optim.AdamW(method.networks[name].parameters(), foreach=True) for name in turn]
     batch, live = blank_batch(config, sizes, "cpu"), LiveBytes("cpu")

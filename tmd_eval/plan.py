@@ -198,16 +198,7 @@ def _moments(
     weights = {"teacher": _stored(networks["teacher"], low, shards)}
     weights |= {name: round(4 * count / shards) for name, count in trained.items()}
     moving = sum(trained[name] for name in turn)
-    if sharded:  # a block and the next one of the widest network, and a flow head that stays
-        width = {name: 2 if low else 4 for name in networks}
-        outer = dict(width)
-        if config.kind.differentiates:  # also runs outside autocast: a plain student, or the head and outer layers
-            outer["student"] = 4
-            width["student"] = width["student"] if config.kind.flow_head else 4
-        gathered = 2 * max(width[name] * _block(network) for name, network in networks.items())
-        gathered += max(outer[name] * _kept_gathered(network) for name, network in networks.items())
-    else:  # autocast keeps a bf16 copy of what it multiplies until the backward pass has used it
-        gathered = 2 * moving if low else 0
+    gathered = _gathered(config, networks, turn, sharded)
     gradients = round(4 * moving / shards)
     before = gradients if accumulates else 0
     share = pairs / config.parallel.context
@@ -224,6 +215,21 @@ def _moments(
             optimiser=round(8 * sum(trained.values()) / shards),
             average=round(4 * trained["student"] / shards) if config.ema else 0,
         )  # fmt: skip
+
+
+def _gathered(config: TrainConfig, networks: dict[str, nn.Module], turn: tuple[str, ...], sharded: bool) -> int:
+    """Bytes of working copies in a pass."""
+    low = config.precision == "bf16"
+    if not sharded:  # autocast keeps a bf16 copy of what it multiplies until the backward pass has used it
+        return 2 * sum(p.numel() for name in turn for p in networks[name].parameters()) if low else 0
+    # a block and the next one of the widest network, and a flow head that stays
+    width = {name: 2 if low else 4 for name in networks}
+    outer = dict(width)
+    if config.kind.differentiates:  # also runs outside autocast: a plain student, or the head and outer layers
+        outer["student"] = 4
+        width["student"] = width["student"] if config.kind.flow_head else 4
+    blocks = 2 * max(width[name] * _block(network) for name, network in networks.items())
+    return blocks + max(outer[name] * _kept_gathered(network) for name, network in networks.items())
 
 
 def _stored(teacher: nn.Module, low: bool, shards: int) -> int:

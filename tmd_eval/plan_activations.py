@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -57,6 +57,11 @@ class LiveBytes(TorchDispatchMode):
         """Leave out storages that were there before, such as weights and gradients."""
         for tensor in tensors:
             self._sizes.setdefault(tensor.untyped_storage()._cdata, 0)
+
+    def lap(self) -> int:
+        """The most alive at once since the last call, or since the start."""
+        most, self.peak = self.peak, self.now
+        return most
 
     def _see(self, storage: Any) -> None:
         key = storage._cdata
@@ -228,37 +233,53 @@ def update_bytes(config: TrainConfig, sizes: Sizes, device: str = "meta") -> dic
     for network in method.networks.values():
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    found: dict[tuple[str, ...], Activations] = {}
-    for turn, iteration in costliest_turns(config, method, sizes.transformer["num_layers"]).items():
-        live = LiveBytes(device)
-        networks = (teacher, *method.networks.values())
-        live.know(p for network in networks for p in network.parameters())
-        live.know(p.grad for network in networks for p in network.parameters() if p.grad is not None)
-        shapes: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if device == "meta":
-            shapes = without_values(networks)
-        with shapes as wide, live:
-            live.know(wide)
-            losses = method.losses(batch, iteration, torch.Generator().manual_seed(0))
-            forward, live.peak = live.peak, live.now
-            early: list[int] = []
+    turns = costliest_turns(config, method, sizes.transformer["num_layers"])
+    return {turn: _turn_bytes(method, teacher, batch, turn, iteration) for turn, iteration in turns.items()}
 
-            def first(_: Tensor, early: list[int] = early, live: LiveBytes = live) -> None:
-                if not early:
-                    early.append(live.peak)
-                    live.peak = live.now
 
-            hooks = [
-                parameter.register_post_accumulate_grad_hook(first)
-                for name in turn
-                for place, parameter in method.networks[name].named_parameters()
-                if "blocks." in place and parameter.requires_grad
-            ]
-            torch.stack([loss.double() for loss in losses.values()]).sum().backward()
-            for hook in hooks:
-                hook.remove()
-        found[turn] = Activations(forward=forward, backward=max([*early, live.peak]), late=live.peak)
-    return found
+def _turn_bytes(
+    method: Method, teacher: nn.Module, batch: Batch, turn: tuple[str, ...], iteration: int
+) -> Activations:  # fmt: skip
+    networks = (teacher, *method.networks.values())
+    device = batch.latents.device.type
+    live = LiveBytes(device)
+    live.know(p for network in networks for p in network.parameters())
+    live.know(p.grad for network in networks for p in network.parameters() if p.grad is not None)
+    shapes: AbstractContextManager[list[Tensor]] = nullcontext([])
+    if device == "meta":
+        shapes = without_values(networks)
+    laps: list[int] = []
+    with shapes as wide, live, _at_first_block_gradient(method, turn, lambda: laps.append(live.lap())):
+        live.know(wide)
+        losses = method.losses(batch, iteration, torch.Generator().manual_seed(0))
+        forward = live.lap()
+        torch.stack([loss.double() for loss in losses.values()]).sum().backward()
+        late = live.lap()
+    return Activations(forward=forward, backward=max([*laps, late]), late=late)
+
+
+@contextmanager
+def _at_first_block_gradient(method: Method, turn: tuple[str, ...], call: Callable[[], object]) -> Iterator[None]:
+    """Call once, when the backward pass has left the loss and reached the first block of a network that moves."""
+    reached = False
+
+    def first(_: Tensor) -> None:
+        nonlocal reached
+        if not reached:
+            reached = True
+            call()
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(first)
+        for name in turn
+        for place, parameter in method.networks[name].named_parameters()
+        if "blocks." in place and parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 DEPTHS = ((3, 1), (5, 1), (3, 2))
