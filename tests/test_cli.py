@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -45,18 +45,25 @@ def test_commands_and_options_are_frozen():
     assert surface() == json.loads(SURFACE.read_text())
 
 
-def test_help_is_fast_and_imports_nothing_heavy():
+def processor_seconds() -> float:
+    """Processor time of the processes that this one has waited for, which other load disturbs little."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_help_is_fast_and_imports_nothing_heavy(tmp_path: Path):
     code = (
         "import sys, tmd_eval.cli; heavy = {'torch', 'diffusers', 'transformers', 'pandas', 'matplotlib', 'numpy', "
         "'sqlalchemy', 'gradio'} & set(sys.modules); sys.exit(', '.join(heavy) or 0)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}  # by the first of three
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
-        assert run("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
+        start = processor_seconds()
+        assert run("--help", **compiled).returncode == 0
+        seconds.append(processor_seconds() - start)
     assert min(seconds) < 0.5
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,8 @@ import typer
 
 
 def _rows() -> list[dict[str, str]]:
+    from importlib import metadata
+
     import torch
 
     from students.base import micro_folder
