@@ -123,7 +123,8 @@ def test_the_micro_matrix_is_what_the_issue_asks_for():
     made = resolver(EXAMPLES / "micro_matrix.yaml")
     experiment = made.experiment
     assert experiment.evaluation.num_prompts >= 1024
-    assert [len(section.seeds) for section in experiment.sections] == [3, 2, 3, 2, 2, 2, 3, 2]
+    seeds = {section.name: len(section.seeds) for section in experiment.sections}
+    assert seeds["Main comparison"] == 3 and min(seeds.values()) >= 2
     main = [cell.row for cell in made.matrix({}) if cell.sections[0] == "Main comparison" and cell.row.budget]
     assert {(row.n, row.h) for row in main if row.method == "tmd"} == {(2, 2), (4, 2), (2, 4)}
     assert {row.m for row in main if row.method == "tmd"} == {1, 2}
