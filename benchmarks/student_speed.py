@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +130,8 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    result: dict[str, Any] = {**provenance(command="python -m benchmarks.student_speed", device=device), "sizes": {}}
+    command = shlex.join(["python", "-m", "benchmarks.student_speed", *sys.argv[1:]])
+    result: dict[str, Any] = {**provenance(command=command, device=device), "sizes": {}}
     for name in args.size or sorted(SIZES):
         result["sizes"][name] = {
             "sampling": sampling(SIZES[name], device, args.rounds),

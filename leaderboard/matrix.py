@@ -63,6 +63,8 @@ class MatrixRow:
     """Run folder of each seed, for clips."""
     weights: tuple[str, ...] = ()
     """Hash of the weights that each run sampled."""
+    devices: tuple[str, ...] = ()
+    """What each run was made on."""
     pools: dict[str, Pool] = field(default_factory=dict)
     """Spread between seeds to use where it is larger than the row's own, by metric."""
     blocks: int | None = None
@@ -175,6 +177,7 @@ class StepTime:
     """As a multiple of the teacher's forward."""
     counted: float
     """What counting block forwards and twice the backwards predicts."""
+    device: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +262,10 @@ class Matrix:
     def _decide(self, claim: MatrixClaim) -> Decision:
         a, b = self.by_key.get(claim.a), self.by_key.get(claim.b)
         if a is None or b is None or claim.metric not in a.scores or claim.metric not in b.scores:
-            lacking = claim.names[0] if a is None or claim.metric not in a.scores else claim.names[1]
-            reason = f"not measured yet: {phrase(claim.metric)} of {lacking}"
+            number = 0 if a is None or claim.metric not in a.scores else 1
+            there = (a, b)[number] is not None
+            state = "not measured in every seed" if there else "not measured yet"
+            reason = f"{state}: {phrase(claim.metric)} of {claim.names[number]}"
             return Decision(claim=claim, verdict="undecided", reason=reason, effect=None, n=0, seeds=0)
         effect = self._difference(a.scores[claim.metric], b.scores[claim.metric], claim.metric)
         found, reason = verdict(effect, claim.direction, claim.margin)
@@ -327,8 +332,10 @@ def _row_json(row: MatrixRow) -> dict[str, Any]:
         "key": row.key,
         **{key: getattr(row, key) for key in (*fields, *more)},
         "runs": [
-            {"cell": run.name, "seed": seed, "weights": weights, "values": _values(row, number)}
-            for number, (run, seed, weights) in enumerate(zip(row.runs, row.seeds, row.weights, strict=False))
+            {"cell": run.name, "seed": seed, "weights": weights, "device": device, "values": _values(row, number)}
+            for number, (run, seed, weights, device) in enumerate(
+                zip(row.runs, row.seeds, row.weights, row.devices, strict=False)
+            )
         ],
         "seconds_range": row.seconds_range,
         "sections": list(row.sections),

@@ -118,7 +118,7 @@ def _named(matrix: Matrix, metric: str) -> set[str]:
     keys = {row.key for row in matrix.rows if row.role != "student"}
     for row in matrix.rows:
         effect = matrix.difference(row, metric) if row.ablation else None
-        if effect is not None and (effect.low > 0 or effect.high < 0):
+        if effect is not None and effect.over_seeds and (effect.low > 0 or effect.high < 0):
             keys |= {row.key, str(row.baseline)}
     return keys
 

@@ -33,7 +33,13 @@ class Table:
     rows: list[MatrixRow]
     figures: list[Figure]
     ablations: bool
-    """Whether differences from the method as it is have columns."""
+    """Whether it shows ablations, each below the method as it is."""
+
+    @property
+    def indented(self) -> set[str]:
+        """Keys of the ablations whose method as it is stands above them."""
+        keys = {row.key for row in self.rows}
+        return {row.key for row in self.rows if self.ablations and row.ablation and row.baseline in keys}
 
 
 def build_matrix_report(matrix: Matrix, out: Path) -> Path:
@@ -88,9 +94,9 @@ def build_matrix_report(matrix: Matrix, out: Path) -> Path:
         write_file(out / "figures" / f"{figure.name}.svg", figure.svg)
         write_file(out / "figures" / f"{figure.name}.png", figure.png)
     content = json.dumps(report_json(matrix), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_file(out / "report.json", content)
     write_file(out / "matrix.md", text)
     write_file(out / "index.html", page)
+    write_file(out / "report.json", content)  # last: it holds the state that the whole report shows
     return out / "index.html"
 
 
@@ -140,7 +146,7 @@ def _least_diverse(matrix: Matrix) -> list[tuple[MatrixRow, Estimate]]:
     """Ablations that surely lose diversity against the method as it is, the most first; three at most."""
     first = matrix.budgets[:1]  # of rows that differ in the budget alone, one will do
     found = [(row, matrix.difference(row, DIVERSITY)) for row in matrix.rows if row.ablation and row.budget in first]
-    lost = [(row, effect) for row, effect in found if effect is not None and effect.high < 0]
+    lost = [(row, effect) for row, effect in found if effect is not None and effect.over_seeds and effect.high < 0]
     return sorted(lost, key=lambda pair: pair[1].value)[:3]
 
 

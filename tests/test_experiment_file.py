@@ -17,7 +17,7 @@ from tmd_eval.experiment.checks import load_experiment
 from tmd_eval.experiment.lines import load, read
 from tmd_eval.experiment.names import row_name
 from tmd_eval.experiment.rows import Row, find
-from tmd_eval.experiment.schema import Experiment, Selector
+from tmd_eval.experiment.schema import Changes, Experiment, Selector
 from tmd_eval.experiment.tuning import best_rank
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -225,6 +225,11 @@ def test_what_only_resolved_settings_show_is_told_with_the_line_that_brings_it_i
         ("name: Ablations", "name: Main", "two sections are called Main"),
         ("title: Small", "title: Small\nevaluation: {metric: alignment_jiont}", "did you mean alignment_joint?"),
         ("title: Small", "title: Small\nuntrained: [{m: [0, -2]}]", "m must be at least 1, not 0"),
+        ("title: Small", "title: Small\nuntrained: [{m: [1, 2]}, {m: 2}]", "the base model at M = 2 is given twice"),
+        ("title: Small", "title: Small\nuntrained: [{m: 1, samples_per_prompt: 1001}]", "must be at most 1000"),
+        ("title: Small", "title: Small\n2026-02-31: 1", "the key 2026-02-31 cannot be read"),
+        ("{method.rollout: false}", "{method.guidance: .inf}", "method.guidance is inf; give a finite number"),
+        ("preset: micro_dmd2v.yaml}", "preset: micro_dmd2v.yaml, axes: {q: method.m}}", "axis q is unknown"),
         ("title: Small", "title: Small\nuntrained: [{m: 1, guidance: -3}]", "guidance must be at least 1, not -3"),
         ("title: Small", "title: Small\nevaluation: {samples_per_prompt: -1}", "must be at least 1, not -1"),
     ],
@@ -490,6 +495,23 @@ def test_equal_updates_and_equal_compute(tmp_path: Path):
             longer = replace(last, iterations=last.iterations + 1)
             more = total - last.cost(L).total + longer.cost(L).total
             assert total <= budget * (1 + 1e-6) < more
+
+
+def test_equal_compute_is_that_of_the_tuned_reference(tmp_path: Path):
+    def iterations(**tuned: Changes) -> int:
+        found = resolver(write(tmp_path)).matrix(tuned)
+        (cell,) = (c for c in found if (c.row.method, c.row.m, c.row.budget, c.seed) == ("dmd2v", 2, "compute", 0))
+        return cell.trainings[-1].config.iterations
+
+    plain = Changes(stages={"stage2": {"method.guidance": 1.0}})  # the teacher needs no second branch
+    assert 0 < iterations(tmd=plain) < iterations()
+
+
+def test_a_claim_on_the_base_model_means_its_own_guidance_unless_it_says_so(tmp_path: Path):
+    made = resolver(write(tmp_path, untrained=[{"m": 1}, {"m": 1, "guidance": 3.0}]))
+    rows = dict.fromkeys(cell.row for cell in made.matrix({}))
+    assert find(Selector(method="base", m=1), rows, made.experiment).guidance is None
+    assert find(Selector(method="base", m=1, guidance=3.0), rows, made.experiment).guidance == 3.0
 
 
 def test_a_budget_that_the_first_stage_uses_up_is_refused(tmp_path: Path):

@@ -110,6 +110,16 @@ def test_records_are_written_once_and_taken_in_once(world: Path, finished: Path,
     assert not found.taken and len(found.there) == 6
 
 
+def test_a_damaged_record_is_written_again(world: Path, finished: Path, records: Path, tmp_path: Path):  # noqa: F811
+    to = Path(shutil.copytree(records, tmp_path / "cells"))
+    damaged = min(to.iterdir())
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:20])
+    loaded = load(world / "experiment.yaml", finished)
+    assert export_records(loaded, make_plan(loaded, finished), finished, to) == [damaged]
+    assert damaged.read_bytes() == whole
+
+
 def test_an_imported_cell_is_exported_as_it_came(world: Path, records: Path, taken: Path, tmp_path: Path):  # noqa: F811
     loaded = load(world / "experiment.yaml", taken)
     export_records(loaded, make_plan(loaded, taken), taken, tmp_path / "again")
@@ -134,6 +144,8 @@ def test_a_record_tells_no_video_apart_and_holds_none(records: Path):
         (lambda files: files.pop("record.json"), "not a whole record"),
         (lambda files: files.update({"record.json": b'{"cell": "another", "scored": {}}'}), "named after"),
         (lambda files: files.update({"record.json": files["record.json"].replace(b"micro", b"old")}), "move it away"),
+        (lambda files: files.pop("config.yaml"), "it has no config.yaml"),
+        (lambda files: files.pop("manifest.jsonl"), "it has no manifest.jsonl"),
     ],
 )
 def test_a_record_is_not_trusted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,8 @@ import yaml
 from typer.testing import CliRunner
 
 from students.checkpoint import Checkpoint
-from students.errors import ConfigError, IncompleteError
+from students.errors import ConfigError, IncompleteError, TmdError
+from students.trainer_state import NonFiniteError
 from tests.test_json_output import shape
 from tests.tiny import tiny_pipeline
 from tmd_eval.cli import app
@@ -100,7 +102,7 @@ class InProcess:
             try:
                 with store.job_lock(self.out, job.id):
                     self.perform(self.out, job, self.command)
-            except ValueError as error:
+            except TmdError as error:
                 progress.failed[job.id] = str(error)
                 worker.note_failure(self.out, job, str(error))
                 continue
@@ -444,6 +446,88 @@ def test_the_tuning_decides_the_settings_of_the_matrix(
     assert "2e-04" in (out / "report" / "index.html").read_text() or "0.0002" in (out / "report/index.html").read_text()
 
 
+def tuned_by_rates(world: Path, name: str, *rates: float) -> Path:
+    trials = [{"set": {"optimiser.lr": rate}} for rate in rates]
+    tuning = {"m": 2, "n": 2, "h": 2, "num_prompts": 2, "metrics": ["alignment_color"], "trials": {"tmd": trials}}
+    section = {"name": "Main", "seeds": [0], "cells": [{"methods": "tmd", "m": 2, "n": 2, "h": 2}]}
+    return write(world, name, tuning=tuning, sections=[section], claims=[], ablations={})
+
+
+def test_a_trial_that_diverges_has_lost_and_is_not_trained_again(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    import students.train
+
+    trained: list[float] = []
+    train = students.train.train
+
+    def diverging(config: Any, **settings: Any) -> Any:
+        trained.append(config.optimiser.lr)
+        if config.optimiser.lr > 1:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+            raise NonFiniteError("loss term tm_mf is not finite at iteration 1")
+        return train(config, **settings)
+
+    monkeypatch.setattr(students.train, "train", diverging)
+    out = tmp_path / "out"
+    shutil.copytree(finished / "measured", out / "measured")
+    options = Options(file=tuned_by_rates(world, "diverging", 5.0, 1e-4), out=out)
+    outcome = run(options)
+    assert not outcome.left and trained.count(5.0) == 1
+    tuned = json.loads((out / "tuning.json").read_text())
+    assert tuned["chosen"]["tmd"]["set"] == {"optimiser.lr": 1e-4}
+    assert "not finite" in tuned["trials"][0]["diverged"] and tuned["trials"][1]["diverged"] is None
+    again = run(options)
+    assert (again.made, again.there, trained.count(5.0)) == (0, len(again.plan.jobs) - 3, 1)  # 3 steps are measured
+    lost = Options(file=tuned_by_rates(world, "lost", 6.0, 7.0), out=tmp_path / "lost")
+    shutil.copytree(finished / "measured", lost.out / "measured")
+    with pytest.raises(IncompleteError, match="every trial of tmd diverged"):
+        run(lost)
+    with pytest.raises(IncompleteError, match="every trial of tmd diverged"):
+        run(lost)
+    assert trained.count(6.0) == trained.count(7.0) == 1
+
+
+def test_a_trial_that_fails_is_waited_for_and_decides_nothing(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    tried: list[str] = []
+
+    def perform(out: Path, job: Job, command: str) -> None:
+        if job.kind == "score" and "trial0" in job.name:
+            tried.append(job.id)
+            raise ConfigError("the disk is full")
+        worker.perform(out, job, command)
+
+    monkeypatch.setattr(InProcess, "perform", staticmethod(perform))
+    options = Options(file=tuned_by_rates(world, "failing", 1e-4, 2e-4), out=tmp_path / "out")
+    shutil.copytree(finished / "measured", options.out / "measured")
+    with pytest.raises(IncompleteError, match="the disk is full"):
+        run(options)
+    assert len(tried) == 1 and load_plan(options.out).waiting == ("tmd",)
+    assert (
+        not (options.out / "tuning.json").is_file()
+        or not json.loads((options.out / "tuning.json").read_text())["chosen"]
+    )
+    report = json.loads((options.out / "report" / "report.json").read_text())
+    assert any("tmd waits for its tuning" in line for line in report["missing"])
+    monkeypatch.setattr(InProcess, "perform", staticmethod(worker.perform))
+    assert not run(options).left and not load_plan(options.out).waiting
+
+
+def test_the_report_shows_all_that_is_there_whichever_part_was_run(world: Path, copy: Path):
+    before = json.loads((copy / "report" / "report.json").read_text())
+    assert run(Options(file=world / "experiment.yaml", out=copy, limit=1)).made == 0
+    assert json.loads((copy / "report" / "report.json").read_text()) == before
+
+
+def test_the_command_that_makes_it_again_can_be_pasted(tmp_path: Path):
+    options = Options(file=Path("my file.yaml"), out=tmp_path / "a b", sections=("Part one",), limit=2)
+    assert shlex.split(options.command)[3:] == [
+        "my file.yaml", "--out", f"{tmp_path / 'a b'}", "--section", "Part one", "--limit", "2",
+    ]  # fmt: skip
+
+
 def test_the_time_budget_ends_a_run_with_its_state(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(running, "Runner", Runner)
     options = Options(file=world / "experiment.yaml", out=tmp_path / "out", workers=1, budget_minutes=1e-9)
@@ -503,6 +587,24 @@ def test_real_workers_keep_failures_and_deaths_apart(tmp_path: Path):
     assert "the process died (exit code -9)" in progress.failed["measure-killed"]
     assert "There is no folder" in store.log_file(tmp_path, bogus("after")).read_text()
     assert store.failure(tmp_path, bogus("failing")) == progress.failed["measure-failing"]
+
+
+def test_a_signal_to_the_whole_group_is_no_failure_of_a_job(tmp_path: Path):
+    """As Slurm and systemd send it: the worker dies before the runner has looked."""
+
+    def show(progress: Progress, ended: Job | None) -> None:
+        busy = runner.slots[0]
+        if "measure-killed" in progress.running and busy is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(busy.process.pid, signal.SIGKILL)
+
+    with (
+        store.job_lock(tmp_path, "measure-killed"),
+        Runner(tmp_path, command="test", workers=1, show=show) as runner,
+    ):
+        progress = runner.run([bogus("killed")])
+    assert progress.stopped == "interrupted" and not progress.failed
+    assert store.failure(tmp_path, bogus("killed")) is None
 
 
 @pytest.mark.slow

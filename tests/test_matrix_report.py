@@ -83,7 +83,7 @@ def matrix() -> Matrix:
         claim("One seed says nothing", "lonely", "DMD2-v", note="Too few <seeds>"),
         claim("<script>alert(1)</script>", "TMD", "absent"),
     )
-    steps = (StepTime(name="micro_dmd2v", seconds=0.5, measured=10.0, counted=8.0),)
+    steps = (StepTime(name="micro_dmd2v", seconds=0.5, measured=10.0, counted=8.0, device="a test"),)
     trials = (Trials(method="TMD", rows=(("lr = 1e-4", {"alignment_joint": 0.5}, True), ("lr = 1", None, False))),)
     return Matrix(
         title="A matrix & more", command="tmd-eval experiment run x.yaml --out x",
@@ -159,7 +159,9 @@ def test_rows_of_one_family_are_compared_seed_by_seed(matrix: Matrix):
     values = report_json(family)["rows"][0]["runs"]
     assert values == []  # this matrix has no run folders
     runs = tuple(Path(f"cell{i}") for i in range(3))
-    withruns = report_json(replace(family, rows=(replace(rows[0], runs=runs, weights=("x", "y", "z")), *rows[1:])))
+    withruns = report_json(
+        replace(family, rows=(replace(rows[0], runs=runs, weights=("x", "y", "z"), devices=("a", "b", "a")), *rows[1:]))
+    )
     assert [run["values"]["alignment_joint"] for run in withruns["rows"][0]["runs"]] == pytest.approx(
         list(rows[0].scores["alignment_joint"].values)
     )
@@ -233,6 +235,27 @@ def test_a_claim_about_one_group_of_diversity_stands_in_the_section_on_collapse(
     text = build_matrix_report(replace(matrix, rows=rows, claims=(told,)), tmp_path).read_text()
     section = text[text.index('id="collapse"') :]
     assert re.search(r"“Places collapse”: holds \(\u22120\.\d+ \[[^]]+\] in diversity of place, Table 1\)", section)
+
+
+def test_a_row_of_one_seed_is_said_to_cost_nothing_surely(matrix: Matrix, tmp_path: Path):
+    lonely = tuple(
+        row(r.key, 0.5, diversity=level, seeds=1, number=i, ablation=r.ablation, baseline=r.baseline)
+        for i, (r, level) in enumerate((matrix.rows[key], level) for key, level in ((2, 0.9), (3, 0.3)))
+    )
+    text = build_matrix_report(replace(matrix, rows=lonely, claims=()), tmp_path).read_text()
+    assert "No change measured here surely costs any." in text
+
+
+def test_an_ablation_without_its_method_as_it_is_has_its_whole_name(matrix: Matrix, tmp_path: Path):
+    rows = tuple(r for r in matrix.rows if r.key != "DMD2-v")
+    shown = re.findall(r'<th scope="row" class="model( ablated)?">.*?<span>([^<]*)', build_matrix_report(
+        replace(matrix, rows=rows, claims=()), tmp_path / "alone").read_text())  # fmt: skip
+    assert ("", "unshifted") in shown and not any(indented for indented, _ in shown)
+    whole_table = re.findall(
+        r'<th scope="row" class="model( ablated)?">.*?</span><span>([^<]*)',
+        build_matrix_report(matrix, tmp_path / "both").read_text(),
+    )
+    assert (" ablated", "no shift of t_dmd") in whole_table
 
 
 def words(svg: str) -> list[str]:

@@ -65,7 +65,7 @@ def run(
     if json_:
         typer.echo(outcome_json(outcome, options.out))
         return
-    typer.echo(f"{outcome.made} jobs done now, {len(outcome.plan.jobs) - outcome.made} there before")
+    typer.echo(f"{outcome.made} jobs done now, {outcome.there} there before")
     if outcome.report is not None:
         typer.echo(f"Report: {outcome.report}")
 
@@ -201,7 +201,8 @@ def import_(
         return
     typer.echo(f"{len(found.taken)} cells taken in, {len(found.there)} there before")
     if found.foreign:
-        typer.echo(f"{len(found.foreign)} records belong to no cell of {file}, such as {found.foreign[0]}")
+        count, first = len(found.foreign), found.foreign[0]
+        typer.echo(f"{count} records belong to no cell of {file} as it is tuned, such as {first}")
     typer.echo(f"Go on with: tmd-eval experiment run {file}{f' --out {out}' if out else ''}")
 
 

@@ -39,6 +39,11 @@ class Training:
     key: str
     """SHA-256 of all that decides its weights."""
 
+    @property
+    def name(self) -> str:
+        """Name of its folder; the same for all cells that need it."""
+        return f"{Path(self.preset).stem}-s{self.config.seed}-{self.key[:12]}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -84,6 +89,7 @@ class Resolver:
         """
         self.experiment, self.source, self.blocks, self.base_hash = experiment, source, blocks, base_hash
         self._settings = Settings(source.path.parent, blocks)
+        self._tuned: Mapping[str, Changes] = {}
         self._data: dict[str, Any] | None = None
         self._marks: dict[Path, str | None] = {}
 
@@ -118,6 +124,7 @@ class Resolver:
         Args:
             tuned: chosen settings by method.
         """
+        self._tuned = tuned
         cells = list(self._untrained())
         for section in self.experiment.sections:
             for row, line in rows_of(self.experiment, section):
@@ -201,7 +208,7 @@ class Resolver:
     def _prompts(self) -> str:
         """What tells the prompts: "micro", or a file with the hash of its content."""
         source = self.experiment.evaluation.prompts
-        return source if source == "micro" else f"{source} {self._mark(Path(source))}"
+        return source if source == "micro" else f"{source} {self._mark(Path(source).expanduser())}"
 
     def _mark(self, path: Path) -> str | None:
         """Hash of a file, read once; None where it is missing (which is told when it is read)."""
@@ -225,7 +232,7 @@ class Resolver:
         elif budget.like is not None:
             like = budget.like
             reference = Row(method=like.method, m=row.m, n=like.n, h=like.h, budget=budget.of)
-            tuned = changes if like.method == row.method else Changes()
+            tuned = changes if like.method == row.method else self._tuned.get(like.method, Changes())
             allowed = sum(t.config.cost(self.blocks).total for t in self._trainings(reference, seed, tuned, like.line))
             before = sum(training.config.cost(self.blocks).total for training in made[:-1])
             last = replace(last, iterations=iterations_within(last, allowed - before, self.blocks))

@@ -60,6 +60,7 @@ class Check:
         self._ablations()
         if experiment.tuning is not None:
             self._tuning(experiment.tuning)
+        self._untrained()
         self._sections()
         self._claims()
 
@@ -170,6 +171,14 @@ class Check:
             wrong(tuning.line, f"method {method} has cells but no trials; tune every method, or none.")
         if tuning.seed in {seed for section in experiment.sections for seed in section.seeds}:
             wrong(tuning.line, f"seed {tuning.seed} of the tuning is also a cell's; choose another.")
+
+    def _untrained(self) -> None:
+        seen: set[tuple[int, float | None]] = set()
+        for part in self.experiment.untrained:
+            for m in part.m:
+                if (m, part.guidance) in seen:
+                    self.source.wrong(part.line, f"the base model at M = {m} is given twice; keep one.")
+                seen.add((m, part.guidance))
 
     def _sections(self) -> None:
         names = [section.name for section in self.experiment.sections]

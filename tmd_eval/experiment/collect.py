@@ -16,18 +16,16 @@ from tqdm import tqdm
 from leaderboard.display import phrase
 from leaderboard.effects import Scores
 from leaderboard.matrix import Matrix, MatrixClaim, MatrixRow, StepTime, Trials
-from students.errors import ConfigError
 from tmd_eval.experiment import jobs as store
 from tmd_eval.experiment.budget import student_updates
 from tmd_eval.experiment.cells import Cell
 from tmd_eval.experiment.jobs import Job, Plan
 from tmd_eval.experiment.names import budget_name, role, row_name
-from tmd_eval.experiment.plan import Loaded, finished_cells, training_name
+from tmd_eval.experiment.plan import Loaded, finished_cells
 from tmd_eval.experiment.rows import Row, digest, find
 from tmd_eval.experiment.schema import BASE, Changes
 from tmd_eval.experiment.times import read_times
 from tmd_eval.experiment.tuning import read_trials
-from tmd_eval.provenance import package_versions
 
 
 def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
@@ -63,7 +61,7 @@ def collect(loaded: Loaded, plan: Plan, out: Path, *, command: str) -> Matrix:
         },
         code_revision=", ".join(sorted({str(config.get("code_revision")) for config in configs})),
         device=", ".join(sorted({str(config.get("device")) for config in configs})),
-        packages=package_versions(),
+        packages=_packages(configs),
         rows=rows,
         claims=_claims(loaded),
         sections=tuple(section.name for section in experiment.sections),
@@ -99,11 +97,21 @@ def write(matrix: Matrix, folder: Path) -> Path:
     return build_matrix_report(matrix, folder)
 
 
+def _packages(configs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Versions that the cells were made with; several of one package where machines differed."""
+    found: dict[str, set[str]] = {}
+    for config in configs:
+        for name, version in config.get("packages", {}).items():
+            found.setdefault(name, set()).add(str(version))
+    return {name: " or ".join(sorted(versions)) for name, versions in sorted(found.items())}
+
+
 def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: Mapping[str, Any]) -> MatrixRow:
     experiment, row = loaded.experiment, cells[0].row
     runs = tuple(out / "cells" / cell.name for cell in cells)
-    configs = [_yaml(run / "config.yaml").get("checkpoint", {}) for run in runs]
-    checkpoint, weights = configs[0], tuple(str(config.get("hash")) for config in configs)
+    configs = [_yaml(run / "config.yaml") for run in runs]
+    checkpoints = [config.get("checkpoint", {}) for config in configs]
+    checkpoint, weights = checkpoints[0], tuple(str(found.get("hash")) for found in checkpoints)
     summaries = [store.read_json(run / "scores" / "summary.json") or {} for run in runs]
     names = set.intersection(*(set(summary) for summary in summaries))
     trained = row.method != BASE
@@ -142,6 +150,7 @@ def _row(loaded: Loaded, out: Path, cells: Sequence[Cell], planned: int, times: 
         counts={name: sum(int(summary[name]["n"]) for summary in summaries) for name in names},
         runs=runs,
         weights=weights,
+        devices=tuple(str(config.get("device")) for config in configs),
         blocks=loaded.base.blocks,
     )
 
@@ -191,7 +200,7 @@ def _minutes(out: Path, cells: Sequence[Cell]) -> float | None:
     for cell in cells:
         seconds = 0.0
         for training in cell.trainings:
-            record = store.training_record(out, cell.name, training_name(training))
+            record = store.training_record(out, cell.name, training.name)
             if record is None:
                 return None
             training_record = record["training"]
@@ -207,10 +216,7 @@ def _claims(loaded: Loaded) -> tuple[MatrixClaim, ...]:
     rows = dict.fromkeys(cell.row for cell in loaded.cells)
     found = []
     for claim in experiment.claims:
-        try:
-            a, b = find(claim.a, rows, experiment), find(claim.b, rows, experiment)
-        except ConfigError:  # checked before anything ran; here only where cells were limited
-            continue
+        a, b = find(claim.a, rows, experiment), find(claim.b, rows, experiment)
         found.append(
             MatrixClaim(
                 claim=claim.claim, source=claim.source, metric=claim.metric, direction=claim.direction,
@@ -223,8 +229,9 @@ def _claims(loaded: Loaded) -> tuple[MatrixClaim, ...]:
 
 def _prompts(loaded: Loaded) -> str:
     evaluation = loaded.experiment.evaluation
+    kind = "held-out prompts" if evaluation.prompts == "micro" else "prompts"
     return (
-        f"{evaluation.num_prompts} held-out prompts ({evaluation.prompts}), {evaluation.samples_per_prompt} "
+        f"{evaluation.num_prompts} {kind} ({evaluation.prompts}), {evaluation.samples_per_prompt} "
         f"video{'s' if evaluation.samples_per_prompt != 1 else ''} each, for every seed"
     )
 
@@ -245,13 +252,16 @@ def _timing(times: Mapping[str, Any]) -> str:
 
 def _protocol(loaded: Loaded) -> str:
     tuning = loaded.experiment.tuning
+    from tmd_eval.micro_scores import MIN_FRECHET
+
     if tuning is None:
         return "Nothing was tuned: every method has the settings of its preset."
     count = len(next(iter(tuning.trials.values())))
+    ranked = [name for name in tuning.metrics if tuning.num_prompts >= MIN_FRECHET or not name.startswith("frechet")]
     return (
         f"Every method got {count} trials at M = {tuning.m}, one training each with seed {tuning.seed}, scored on "
         f"{tuning.num_prompts} held-out prompts that no row of the tables is scored on. The best mean rank in "
-        f"{' and '.join(map(phrase, tuning.metrics))} was chosen and used for all M, N, H, seeds and budgets of the "
+        f"{' and '.join(map(phrase, ranked))} was chosen and used for all M, N, H, seeds and budgets of the "
         "method."
     )
 
@@ -294,6 +304,7 @@ def _steps(out: Path, plan: Plan) -> tuple[StepTime, ...]:
                     seconds=measured["seconds_per_iteration"],
                     measured=measured["seconds_per_iteration"] / forward,
                     counted=measured["compute_per_iteration"] / measured["batch"],
+                    device=measured["device"],
                 )
             )
     return tuple(found)
@@ -306,8 +317,9 @@ def _is_step(job: Job) -> bool:
 def _missing(
     plan: Plan, out: Path, planned: Iterable[store.PlannedCell], finished: set[str]
 ) -> Iterable[str]:  # fmt: skip
-    if plan.waiting:
-        yield f"The cells of {', '.join(plan.waiting)} wait for the tuning."
+    for cell in plan.cells:
+        if plan.waits(cell):
+            yield f"{cell.row['method']} waits for its tuning: {cell.name}."
     for cell in planned:
         if cell.row["trial"] is not None or cell.name in finished:
             continue

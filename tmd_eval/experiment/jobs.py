@@ -31,6 +31,8 @@ Kind = Literal["measure", "train", "generate", "score"]
 PLAN = "plan.json"
 RECORD = "record.json"
 """In the folder of a cell that was imported."""
+DIVERGED = "diverged.txt"
+"""In the folder of a training whose loss or gradient was not finite; deleting the folder trains it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +231,13 @@ def failed_file(out: Path, job: Job) -> Path:
 
 def failure(out: Path, job: Job) -> str | None:
     """Why a job failed in the latest run, None where it did not."""
+    return read_note(failed_file(out, job))
+
+
+def read_note(path: Path) -> str | None:
+    """The sentence in a file, None where there is none."""
     try:
-        return failed_file(out, job).read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError:
         return None
 

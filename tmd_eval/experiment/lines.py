@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,7 +102,11 @@ def _plain(source: Source, loader: yaml.SafeLoader, node: yaml.Node, place: Plac
         loader.flatten_mapping(node)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(loader.construct_object(key_node, deep=True))
+            try:
+                key = str(loader.construct_object(key_node, deep=True))
+            except ValueError as error:
+                key = str(key_node.value)
+                source.wrong(key_node.start_mark.line + 1, f"the key {key} cannot be read ({error}); put it in quotes.")
             source.lines[(*place, key)] = key_node.start_mark.line + 1
             values[key] = _plain(source, loader, value_node, (*place, key))
         return values
@@ -192,6 +197,9 @@ def _value(source: Source, value: Any, hint: Any, place: Place) -> Any:
             return WRONG
         if arguments[1] is Any:
             flat = flatten(value)
+            for name, setting in flat.items():
+                if isinstance(setting, float) and not math.isfinite(setting):
+                    source.wrong(source.line(place), f"{_name(place)}: {name} is {setting}; give a finite number.")
             if len(flat) < _leaves(value):
                 source.wrong(source.line(place), f"{_name(place)} gives a setting twice, dotted and nested; keep one.")
             return flat

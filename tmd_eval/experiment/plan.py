@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 
 from students.errors import ConfigError
 from tmd_eval.experiment import jobs as store
-from tmd_eval.experiment.cells import Cell, Resolver, Training
+from tmd_eval.experiment.cells import Cell, Resolver
 from tmd_eval.experiment.checks import load_experiment
 from tmd_eval.experiment.estimate import Estimator
 from tmd_eval.experiment.jobs import Job, Plan, PlannedCell
 from tmd_eval.experiment.lines import Source
 from tmd_eval.experiment.rows import digest
 from tmd_eval.experiment.schema import Changes, Experiment
-from tmd_eval.experiment.tuning import choose, read_trials
+from tmd_eval.experiment.tuning import choose, diverged, read_trials
 from tmd_eval.files import write_json
 
 if TYPE_CHECKING:
     from students.base import Base
+
+
+SAMPLED_BY = ("base.json", "scheduler/scheduler_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ def load(path: Path, out: Path) -> Loaded:
     """
     experiment, source = load_experiment(path)
     base = _base(experiment, source)
-    resolver = Resolver(experiment, source, blocks=base.blocks, base_hash=base.hash)
+    resolver = Resolver(experiment, source, blocks=base.blocks, base_hash=_identity(base))
     trials = resolver.trials()
     sound = experiment.tuning is not None and not source.problems
     chosen = choose(experiment.tuning, read_trials(out, trials)) if experiment.tuning and sound else {}
@@ -79,6 +82,13 @@ def _base(experiment: Experiment, source: Source) -> Base:
         raise
 
 
+def _identity(base: Base) -> str:
+    """What tells a base model: its weights and, where they can be edited, the files that say how it is sampled."""
+    if base.ref == "micro":
+        return base.hash
+    return digest([base.hash, *(store.file_mark(base.folder / name) for name in SAMPLED_BY)])
+
+
 def _check_prompts(experiment: Experiment, source: Source, most: int) -> None:
     from tmd_eval.prompts import check_micro
 
@@ -89,11 +99,11 @@ def _check_prompts(experiment: Experiment, source: Source, most: int) -> None:
 
 
 def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None, sections: Sequence[str] = ()) -> Plan:
-    """The jobs of an experiment.
+    """The jobs of an experiment; trials that diverged have none, as they would do so again.
 
     Args:
         loaded: the experiment.
-        out: folder of the run, which holds the measured steps.
+        out: folder of the run, which holds the measured steps and the trials.
         limit: only so many cells of the matrix, in the order of the file.
         sections: only the cells of these; empty: of all.
 
@@ -105,7 +115,7 @@ def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None, sections: 
         raise ConfigError(f"{loaded.source.path} has no section {unknown[0]!r}; it has: {', '.join(names)}.")
     matrix = [cell for cell in loaded.cells if not sections or set(sections) & set(cell.sections)][:limit]
     needed = {cell.row.method for cell in matrix}
-    trials = [cell for cell in loaded.trials if cell.row.method in needed]
+    trials = [cell for cell in loaded.trials if cell.row.method in needed and diverged(out, cell) is None]
     estimator = Estimator(out, loaded.base, [*trials, *matrix])
     jobs: dict[str, Job] = {job.id: job for job in estimator.jobs()}
     cells = []
@@ -123,12 +133,6 @@ def make_plan(loaded: Loaded, out: Path, *, limit: int | None = None, sections: 
     )  # fmt: skip
 
 
-def training_name(training: Training) -> str:
-    """Folder of a training; the same for all cells that need it."""
-    config = training.config
-    return f"{Path(training.preset).stem}-s{config.seed}-{training.key[:12]}"
-
-
 def _training_jobs(cell: Cell, loaded: Loaded) -> list[Job]:
     made: list[Job] = []
     for training in cell.trainings:
@@ -141,7 +145,7 @@ def _training_jobs(cell: Cell, loaded: Loaded) -> list[Job]:
             "compute": training.config.cost(blocks).total / blocks,
         }
         after = (made[-1].id,) if made else ()
-        made.append(Job(kind="train", name=training_name(training), spec=spec, after=after))
+        made.append(Job(kind="train", name=training.name, spec=spec, after=after))
     return made
 
 
@@ -150,7 +154,7 @@ def _cell_jobs(cell: Cell, loaded: Loaded) -> tuple[Job, Job]:
 
     last = cell.trainings[-1] if cell.trainings else None
     spec = {
-        "checkpoint": f"train/{training_name(last)}/checkpoint" if last else None,
+        "checkpoint": f"train/{last.name}/checkpoint" if last else None,
         "base": loaded.experiment.base,
         "base_hash": loaded.base.hash,
         "prompts": loaded.experiment.evaluation.prompts,
@@ -160,7 +164,7 @@ def _cell_jobs(cell: Cell, loaded: Loaded) -> tuple[Job, Job]:
         "metrics": METRIC_VERSIONS,
         "row": asdict(cell.row),
     }
-    after = (f"train-{training_name(last)}",) if last else ()
+    after = (f"train-{last.name}",) if last else ()
     generate = Job(kind="generate", name=cell.name, spec=spec, after=after)
     return generate, Job(kind="score", name=cell.name, spec=spec, after=(generate.id,))
 
@@ -183,9 +187,9 @@ def write_tuning(out: Path, loaded: Loaded) -> None:
     if loaded.experiment.tuning is None:
         return
     trials = [
-        {"method": t.cell.row.method, "trial": t.cell.row.trial, "metrics": t.metrics, "failed": t.failed}
+        {"method": t.cell.row.method, "trial": t.cell.row.trial, "metrics": t.metrics, "diverged": t.diverged}
         for t in read_trials(out, loaded.trials)
     ]
     chosen: Mapping[str, Changes] = loaded.tuned
     settings = {method: {"set": changes.set, "stages": changes.stages} for method, changes in chosen.items()}
-    write_json(out / "tuning.json", {"trials": trials, "chosen": settings, "protocol": digest(trials)})
+    write_json(out / "tuning.json", {"trials": trials, "chosen": settings})

@@ -33,6 +33,7 @@ from tmd_eval.files import TEMPORARY, write_atomic
 ENDING = ".tar.xz"
 LARGEST = 256 * 2**20
 """Bytes of a record after unpacking, at most."""
+NEEDED = ("config.yaml", "scored.json", "manifest.jsonl", "scores/summary.json")
 _NAME = re.compile(r"record\.json|config\.yaml|scored\.json|manifest\.jsonl|scores/\w+\.jsonl?|stills/[\w-]+\.webp")
 
 
@@ -76,7 +77,7 @@ def export_records(
     for number, (name, cell) in enumerate(cells.items(), 1):
         path = to / f"{name}{ENDING}"
         mark = store.read_json(out / "cells" / name / "scored.json")
-        if not path.is_file() or _read(path, first=True)["record.json"].get("scored") != mark:
+        if _mark(path) != mark:
             trainings = [plan.jobs[key] for key in cell.jobs if plan.jobs[key].kind == "train"]
             write_atomic(path, _pack(out, ends[name], trainings))
             written.append(path)
@@ -150,6 +151,14 @@ def _pack(out: Path, job: Job, trainings: list[Job]) -> bytes:
     return lzma.compress(packed.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
 
+def _mark(path: Path) -> Any:
+    """The mark of the scores in a record; None where there is none, or a damaged one."""
+    try:
+        return _read(path, first=True)["record.json"].get("scored") if path.is_file() else None
+    except ConfigError:
+        return None
+
+
 def _lean(manifest: Path) -> Iterator[str]:
     for line in manifest.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -163,6 +172,8 @@ def _take(path: Path, place: Path, job: Job) -> None:
     scored = record.get("scored")
     if record.get("cell") != job.name or not isinstance(scored, dict):
         raise ConfigError(f"{path} is no record of the cell it is named after.")
+    if lacking := [name for name in NEEDED if name not in files]:
+        raise ConfigError(f"{path} is not a whole record (it has no {lacking[0]}); export it again, or move it away.")
     if scored.get("metrics") != job.spec["metrics"]:
         raise ConfigError(
             f"{path} was scored with {scored.get('metrics')}, this version has {job.spec['metrics']}; "

@@ -88,6 +88,8 @@ def find(selector: Selector, rows: Mapping[Row, Any], experiment: Experiment) ->
     shown = ", ".join(f"{name}: {value}" for name, value in wanted.items() if value is not None)
     if not found:
         raise ConfigError(f"no cell of the matrix is {{{shown}}}.")
+    if selector.method == BASE and len(found) > 1:  # beside rows with a guidance of the file: the model's own
+        found = [row for row in found if row.guidance is None] or found
     if len(found) > 1:
         raise ConfigError(f"{{{shown}}} fits {len(found)} rows ({', '.join(row.slug for row in found[:4])}); say more.")
     return found[0]

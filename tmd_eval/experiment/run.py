@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +57,9 @@ class Options:
     @property
     def command(self) -> str:
         """The command that makes the same again."""
-        limit = f" --limit {self.limit}" if self.limit else ""
-        sections = "".join(f" --section {shlex.quote(name)}" for name in self.sections)
-        return f"tmd-eval experiment run {self.file} --out {self.out}{sections}{limit}"
+        words = ["tmd-eval", "experiment", "run", str(self.file), "--out", str(self.out)]
+        words += [word for name in self.sections for word in ("--section", name)]
+        return shlex.join([*words, *(["--limit", str(self.limit)] if self.limit else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,10 @@ class Outcome:
     progress: Progress
     made: int
     """Jobs done in this run."""
+    there: int
+    """Jobs that were done before."""
+    left: tuple[Job, ...]
+    """Jobs that it was to do and that are not done."""
     report: Path | None
     """Path of index.html, if any cell is there to report."""
 
@@ -96,6 +99,7 @@ def run(options: Options) -> Outcome:
         for job in plan.jobs.values():  # a new run tries again what failed in the last one
             store.failed_file(out, job).unlink(missing_ok=True)
         store.save_plan(out, plan)
+        write_tuning(out, loaded)
         ours, gpus = default_workers()
         workers = options.workers or ours
         deadline = None if options.budget_minutes is None else start + 60 * options.budget_minutes
@@ -107,11 +111,20 @@ def run(options: Options) -> Outcome:
         if options.measure:
             report = None
         else:
-            _record(out, loaded, plan)
-            report = _report(options, loaded, plan)
-    outcome = Outcome(plan=plan, progress=progress, made=len(progress.finished), report=report)
+            whole = make_plan(loaded, out)  # a report shows all that is there, whichever part was asked for
+            _record(out, loaded, whole)
+            report = _report(options, loaded, whole)
+        work = work_of(options, plan)
+        left = tuple(unfinished(out, work))
+    there = len({job.id for job in work} - {job.id for job in left} - set(progress.finished))
+    outcome = Outcome(plan=plan, progress=progress, made=len(progress.finished), there=there, left=left, report=report)
     _complain(options, outcome)
     return outcome
+
+
+def work_of(options: Options, plan: Plan) -> list[Job]:
+    """The jobs that a run must get done; measured steps only help to estimate, unless they are what it is for."""
+    return [job for job in plan.jobs.values() if (job.kind == "measure") == options.measure]
 
 
 def _phases(
@@ -140,7 +153,8 @@ def _phases(
         plan = plan_of(options, loaded)
         store.save_plan(out, plan)
         table.update(plan)
-    jobs = [job for job in plan.allowed.values() if job.kind != "measure"]
+    lost = {*runner.progress.failed, *runner.progress.blocked}  # a later run tries them again, this one does not
+    jobs = [job for job in plan.allowed.values() if job.kind != "measure" and job.id not in lost]
     runner.run(unfinished(out, jobs), done=lambda job: _tidy(options, job))
     return loaded, plan
 
@@ -160,18 +174,18 @@ def _record(out: Path, loaded: Loaded, plan: Plan) -> None:
 
     database = out / "tmd-eval.db"
     fresh = not database.is_file()
-    cells = {cell.name: cell for cell in loaded.cells}
+    first = {cell.name: cell for cell in reversed(loaded.cells)}  # two budgets may come to one cell
     left = []
     for planned in plan.cells:
         score = plan.jobs[planned.jobs[-1]]
-        if planned.name not in cells or plan.waits(planned) or not store.done(out, score):
+        if planned.name not in first or plan.waits(planned) or not store.done(out, score):
             continue
         folder = store.folder(out, score)
         mark = store.score_mark(folder, score)
         if fresh or store.read_json(folder / "recorded.json") != mark:
             left.append((planned, folder, mark))
     for planned, folder, mark in tqdm(left, desc="recording", unit="cell", delay=2):
-        name = f"{row_name(loaded.experiment, cells[planned.name].row)}, seed {planned.seed}"
+        name = f"{row_name(loaded.experiment, first[planned.name].row)}, seed {planned.seed}"
         record_run(f"sqlite:///{database}", folder, name=name)
         write_json(folder / "recorded.json", mark)
 
@@ -231,18 +245,20 @@ def _complain(options: Options, outcome: Outcome) -> None:
     progress, plan, out = outcome.progress, outcome.plan, options.out
     if progress.stopped == "interrupted":
         raise Interrupted(f"interrupted, the state is saved; go on with: {options.command}")
-    work: Iterable[Job] = plan.jobs.values()
-    if options.measure:
-        work = [job for job in work if job.kind == "measure"]
-    left = [job for job in unfinished(out, work) if job.kind != "measure" or options.measure]
-    if not left:
+    failed = [
+        f"failed: {key}: {sentence} (log: {store.log_file(out, plan.jobs[key])})"
+        for key, sentence in progress.failed.items()
+        if key in plan.jobs  # not a trial that diverged: it has lost, and nothing is missing
+    ]
+    if not outcome.left:
+        print("\n".join(failed), end="\n" if failed else "", file=sys.stderr)  # steps that were to be measured
         return
-    lines = [f"{len(left)} of {len(plan.jobs)} jobs are not done; go on with: {options.command}"]
+    lines = [f"{len(outcome.left)} of {len(plan.jobs)} jobs are not done; go on with: {options.command}"]
     if progress.stopped == "budget":
         lines[0] = f"the {options.budget_minutes:g} minutes are over, the state is saved; {lines[0]}"
-    for key, sentence in progress.failed.items():
-        lines.append(f"failed: {key}: {sentence} (log: {store.log_file(out, plan.jobs[key])})")
-    raise IncompleteError("\n".join(lines))
+    trials = {cell.row["method"] for cell in plan.cells if cell.row["trial"] is not None}
+    lines += [f"every trial of {name} diverged; give it others." for name in plan.waiting if name not in trials]
+    raise IncompleteError("\n".join([*lines, *failed]))
 
 
 def outcome_json(outcome: Outcome, out: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tmd_eval.experiment import jobs as store
 from tmd_eval.experiment.jobs import Job
-from tmd_eval.experiment.worker import STOPPED, note_failure, serve
+from tmd_eval.experiment.worker import LAST, note_failure, serve
 
 PATIENCE = 120.0
 """Seconds a stopped worker gets to save its state."""
@@ -68,6 +68,7 @@ class Runner:
         self.out, self.command, self.gpus, self.deadline, self.show = out, command, gpus, deadline, show
         self.slots: list[Worker | None] = [None] * workers
         self.progress = Progress()
+        self._wish = threading.Event()
         self._context = multiprocessing.get_context("spawn")
 
     def __enter__(self) -> Runner:
@@ -93,16 +94,18 @@ class Runner:
             What happened, over all calls.
         """
         pending = {job.id: job for job in jobs}
-        with _stop_signals() as stop:
+        with _stop_signals() as self._wish:
             while (pending or self.progress.running) and not self.progress.stopped:
-                if stop.is_set() or (self.deadline is not None and time.monotonic() >= self.deadline):
-                    self.progress.stopped = "interrupted" if stop.is_set() else "budget"
+                if self._wish.is_set() or (self.deadline is not None and time.monotonic() >= self.deadline):
+                    self.progress.stopped = "interrupted" if self._wish.is_set() else "budget"
                     self._stop(done)
                     break
                 self._block(pending)
                 self._start(pending)
                 self._collect(done, timeout=0.5)
                 self.show(self.progress, None)
+            if self._wish.is_set():
+                self.progress.stopped = "interrupted"
         return self.progress
 
     def _start(self, pending: dict[str, Job]) -> None:
@@ -127,7 +130,8 @@ class Runner:
         ours, theirs = self._context.Pipe()
         gpu = slot % self.gpus if self.gpus else None
         with _worker_environment():
-            process = self._context.Process(target=serve, args=(theirs, self.out, self.command, gpu), daemon=True)
+            arguments = (theirs, os.getpid(), self.out, self.command, gpu)
+            process = self._context.Process(target=serve, args=arguments, daemon=True)
             process.start()
         theirs.close()
         worker = Worker(process=process, pipe=ours)
@@ -148,14 +152,14 @@ class Runner:
                 code = 1
                 sentence = f"the process died (exit code {worker.process.exitcode}); a signal has a negative one"
                 self.slots[slot] = None
-            if code == STOPPED:
+            if code in LAST:
                 self.slots[slot] = None
             worker.job = None
             self.progress.running.pop(job.id)
             if code == 0:
                 self.progress.finished.append(job.id)
                 done(job)
-            elif not self.progress.stopped:
+            elif not self.progress.stopped and not self._wish.is_set():  # a signal may reach workers first
                 self.progress.failed[job.id] = sentence
                 note_failure(self.out, job, sentence)
             self.show(self.progress, job)

@@ -36,10 +36,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _positive(self, "num_prompts", "samples_per_prompt", "batch_size")
-        _require(
-            self.samples_per_prompt <= SEED_STRIDE,
-            f"samples_per_prompt must be at most {SEED_STRIDE}, or videos of two seeds share their noise.",
-        )
+        _few_samples(self.samples_per_prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +55,9 @@ class Stage:
     """Settings that differ from the preset."""
     line: int = 0
 
+    def __post_init__(self) -> None:
+        _known_axes(self.axes or {})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -73,8 +73,7 @@ class Method:
 
     def __post_init__(self) -> None:
         _require(bool(self.stages), "a method needs at least one stage.")
-        for axis in self.axes:
-            _require(axis in AXES, f"axis {axis} is unknown; there are m, n and h.")
+        _known_axes(self.axes)
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"two stages have one name: {', '.join(names)}.")
 
@@ -219,6 +218,7 @@ class Untrained:
 
     def __post_init__(self) -> None:
         _positive(self, "m", "samples_per_prompt")
+        _few_samples(self.samples_per_prompt or 1)
         _require(self.guidance is None or self.guidance >= 1, f"guidance must be at least 1, not {self.guidance}.")
 
 
@@ -337,6 +337,16 @@ class Experiment:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def _few_samples(count: int) -> None:
+    text = f"samples_per_prompt must be at most {SEED_STRIDE}, or videos of two seeds share their noise."
+    _require(count <= SEED_STRIDE, text)
+
+
+def _known_axes(axes: dict[str, str]) -> None:
+    for axis in axes:
+        _require(axis in AXES, f"axis {axis} is unknown; there are m, n and h.")
 
 
 def _falls(times: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from leaderboard.display import lower_is_better
 from tmd_eval.experiment.cells import Cell
-from tmd_eval.experiment.jobs import read_json
+from tmd_eval.experiment.jobs import DIVERGED, read_json, read_note
 from tmd_eval.experiment.schema import Changes, Tuning
 
 
@@ -18,9 +18,9 @@ class Trial:
 
     cell: Cell
     metrics: dict[str, float] | None
-    """Scores by name; None where it has not run or has failed."""
-    failed: str | None
-    """Why it failed, None where it did not."""
+    """Scores by name; None where it has not run or has diverged."""
+    diverged: str | None
+    """What was not finite in its training, None where nothing was."""
 
 
 def read_trials(out: Path, cells: Sequence[Cell]) -> list[Trial]:
@@ -33,16 +33,18 @@ def read_trials(out: Path, cells: Sequence[Cell]) -> list[Trial]:
         scored = (read_json(folder / "scored.json") or {}).get("metrics") == METRIC_VERSIONS
         summary = read_json(folder / "scores" / "summary.json") if scored else None
         metrics = None if summary is None else {name: float(entry["value"]) for name, entry in summary.items()}
-        reasons = sorted((out / "logs").glob(f"*-{cell.name}.failed"))
-        for training in cell.trainings:
-            reasons += sorted((out / "logs").glob(f"train-*-{training.key[:12]}.failed"))
-        failed = reasons[0].read_text(encoding="utf-8").strip() if reasons and metrics is None else None
-        found.append(Trial(cell=cell, metrics=metrics, failed=failed))
+        found.append(Trial(cell=cell, metrics=metrics, diverged=None if metrics else diverged(out, cell)))
     return found
 
 
+def diverged(out: Path, cell: Cell) -> str | None:
+    """What was not finite in a training of a cell, None where nothing was."""
+    reasons = (read_note(out / "train" / training.name / DIVERGED) for training in cell.trainings)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def choose(tuning: Tuning, trials: Sequence[Trial]) -> dict[str, Changes]:
-    """The winner of every method whose trials have all ended; a trial that failed (a diverged training) loses.
+    """The winner of every method whose trials have all ended; one that diverged loses, one that failed is waited for.
 
     Args:
         tuning: metrics that rank, and the settings.
@@ -51,7 +53,7 @@ def choose(tuning: Tuning, trials: Sequence[Trial]) -> dict[str, Changes]:
     chosen = {}
     for method, options in tuning.trials.items():
         own = [trial for trial in trials if trial.cell.row.method == method]
-        if len(own) < len(options) or any(trial.metrics is None and trial.failed is None for trial in own):
+        if len(own) < len(options) or any(trial.metrics is None and trial.diverged is None for trial in own):
             continue
         best = best_rank([trial.metrics for trial in own], tuning.metrics)
         if best is not None:
@@ -63,11 +65,11 @@ def best_rank(results: Sequence[dict[str, float] | None], metrics: Sequence[str]
     """Place of the result with the best mean rank; ties go to the first metric, then to the first place.
 
     Args:
-        results: metrics of each, None for one that failed.
+        results: metrics of each, None for one that diverged.
         metrics: names of those that count, the same weight each; one that no result has does not count.
 
     Returns:
-        The place, None if all failed.
+        The place, None if all diverged.
     """
     alive = [(place, values) for place, values in enumerate(results) if values is not None]
     if not alive:

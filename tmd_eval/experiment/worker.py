@@ -22,20 +22,23 @@ from tmd_eval.experiment import jobs as store
 from tmd_eval.experiment.jobs import Job
 from tmd_eval.files import write_atomic, write_json
 
-STOPPED = 130
+STOPPED, UNFORESEEN = 130, 1
+LAST = (STOPPED, UNFORESEEN)
+"""Exit codes after which a worker is another process: a GPU's driver may be of no more use to the old one."""
 
 
-def serve(pipe: Connection, out: Path, command: str, gpu: int | None) -> None:
-    """Answer every job with (exit code, sentence); None ends the process.
+def serve(pipe: Connection, runner: int, out: Path, command: str, gpu: int | None) -> None:
+    """Answer every job with (exit code, sentence); None ends the process, and so does an error nobody foresaw.
 
     Args:
         pipe: to the runner.
+        runner: its process id.
         out: folder of the run.
         command: command line that run folders record.
         gpu: number, among those that the runner sees, of the GPU this process may see; None for one thread of the CPU.
     """
     os.setsid()
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(runner,), daemon=True).start()
     if gpu is not None:
         ours = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         os.environ["CUDA_VISIBLE_DEVICES"] = ours[gpu] if gpu < len(ours) else str(gpu)
@@ -54,7 +57,7 @@ def serve(pipe: Connection, out: Path, command: str, gpu: int | None) -> None:
         with store.job_lock(out, job.id), _told_to(store.log_file(out, job)):
             answer = _attempt(out, job, command)
         pipe.send(answer)
-        if answer[0] == STOPPED:
+        if answer[0] in LAST:
             return
 
 
@@ -64,8 +67,8 @@ def _attempt(out: Path, job: Job, command: str) -> tuple[int, str]:
             perform(out, job, command)
         return 0, ""
     except Exception as error:
-        code = int(getattr(error, "exit_code", 1))
-        print(traceback.format_exc() if code == 1 else f"error: {error}", file=sys.stderr, flush=True)
+        code = int(getattr(error, "exit_code", UNFORESEEN))
+        print(traceback.format_exc() if code == UNFORESEEN else f"error: {error}", file=sys.stderr, flush=True)
         return code, f"{error}" if hasattr(error, "exit_code") else f"{type(error).__name__}: {error}"
 
 
@@ -93,6 +96,7 @@ def _train(out: Path, job: Job, command: str) -> None:
     from students.config import resolve
     from students.settings import Layer, flatten
     from students.train import train
+    from students.trainer_state import NonFiniteError
 
     config = resolve([Layer("experiment", flatten(job.spec["config"]))])
     parent = job.spec["parent"]
@@ -100,7 +104,11 @@ def _train(out: Path, job: Job, command: str) -> None:
     config = replace(
         config, out=str(store.folder(place, job)), parent=config.parent if parent is None else str(place / parent)
     )
-    train(config, resume=True)
+    try:
+        train(config, resume=True)
+    except NonFiniteError as error:
+        write_atomic(store.folder(out, job) / store.DIVERGED, f"{error}\n")
+        raise
 
 
 def _generate(out: Path, job: Job, command: str) -> None:
