@@ -62,6 +62,20 @@ class Group:
     sheet: Sheet | None = None
 
     @property
+    def versions(self) -> dict[str, list[str]]:
+        """Scores that came of several versions of a scorer or its weights, by label."""
+        found: dict[str, set[tuple[str, str]]] = {}
+        for row in self.rows:
+            for metric in row.metrics:
+                weights = " ".join(f"{name} {digest[:8]}" for name, digest in sorted(metric.weight_hashes.items()))
+                found.setdefault(metric.name, set()).add((metric.metric_version, weights))
+        return {
+            shown.label: sorted(" ".join(filter(None, version)) for version in found[shown.name])
+            for shown in self.displays
+            if len(found.get(shown.name, ())) > 1
+        }
+
+    @property
     def headlines(self) -> list[Display]:
         return [shown for shown in self.displays if shown.headline]
 
@@ -71,10 +85,28 @@ class Group:
 
 
 def groups_of(results: Sequence[Result]) -> list[Group]:
-    """One group for each name of a prompt set, by name."""
-    names = sorted({result.prompts_name for result in results})
-    slugs = _slugs(names)
-    return [_group([r for r in results if r.prompts_name == name], name, slugs[name]) for name in names]
+    """One group for each set of prompts, by name: the same name with other prompts is another set."""
+    sets: dict[tuple[str, str], list[Result]] = {}
+    for row in sorted(results, key=lambda row: (row.prompts_name, -row.prompts_count, row.prompts_sha256)):
+        sets.setdefault((row.prompts_name, row.prompts_sha256), []).append(row)
+    names = _set_names({key: rows[0].prompts_count for key, rows in sets.items()})
+    slugs = _slugs(names.values())
+    order = {row.id: place for place, row in enumerate(results)}
+    return [
+        _group(sorted(rows, key=lambda row: order[row.id]), names[key], slugs[names[key]]) for key, rows in sets.items()
+    ]
+
+
+def _set_names(counts: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], str]:
+    """What each (name, hash) of prompts is called: the name, with number and hash where these tell sets apart."""
+    names = Counter(name for name, _ in counts)
+    numbers = Counter((name, count) for (name, _), count in counts.items())
+    return {
+        (name, sha): name
+        if names[name] == 1
+        else f"{name}, {count} prompts" + (f" ({sha[:8]})" if numbers[name, count] > 1 else "")
+        for (name, sha), count in counts.items()
+    }
 
 
 def _group(results: list[Result], name: str, slug: str) -> Group:
@@ -152,14 +184,15 @@ def _comparisons(rows: Sequence[Result], primary: Display | None) -> list[Compar
     if primary is None:
         return []
     scored = [row for row in rows if row.ranked and row.metric(primary.name) is not None]
-    teacher = next((row for row in scored if row.role == "teacher"), None)
+    teachers = [row for row in scored if row.role == "teacher"]
     undistilled: dict[int | None, list[Result]] = {}
     for row in scored:
         if row.role == "undistilled":
             undistilled.setdefault(row.m, []).append(row)
     found: list[Comparison] = []
     for student in (row for row in scored if row.role == "student"):
-        for other in undistilled.get(student.m, []):
+        teacher = next((row for row in teachers if same_base(student, row)), None)
+        for other in (row for row in undistilled.get(student.m, []) if same_base(student, row)):
             a, b = student.metric(primary.name), other.metric(primary.name)
             if a is None or b is None or None in (a.low, a.high, b.low, b.high):
                 continue
@@ -169,6 +202,12 @@ def _comparisons(rows: Sequence[Result], primary: Display | None) -> list[Compar
             if len(found) == CARDS:
                 return found
     return found
+
+
+def same_base(a: Result, b: Result) -> bool:
+    """Whether two rows have one base model: by the hash of its weights, where both state it, else by its name."""
+    parts = [(row.base or "").rpartition("sha256 ") for row in (a, b)]
+    return parts[0][2] == parts[1][2] if parts[0][1] and parts[1][1] else a.base == b.base
 
 
 def paired_rows(group: Group, having: Iterable[int]) -> list[Result]:

@@ -12,6 +12,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from leaderboard import record
 from leaderboard.board import columns as teacher_first
-from leaderboard.checks import TOTALS, check_metric, finite
+from leaderboard.checks import TOTALS, check_metric, finite, without_lone_totals
 from leaderboard.clips import contact_sheet
 from leaderboard.database import reading, writing
 from leaderboard.errors import LeaderboardError
@@ -48,6 +49,12 @@ THUMBNAILS = 4
 TABLES: dict[str, type[Base]] = {
     "results": Result, "reported": Reported, "latencies": Latency, "preferences": Preference, "claims": Claim,
 }  # fmt: skip
+DAMAGE = (
+    *(ValueError, TypeError, AttributeError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error),
+    *(RecursionError, NotImplementedError),
+)
+"""What reading a bundle raises that is damaged, encrypted, or made to do harm."""
+LARGEST_INTEGER = 2**63 - 1
 _LOCAL = frozenset({"id", "run", "origin"})
 _NAME = re.compile(r"rows\.json|thumbnails/[0-9a-f]{64}-\d+\.(?:png|webp)")
 
@@ -114,10 +121,10 @@ def import_bundle(db_url: str | None, path: Path, *, sha256: str | None = None) 
         raise LeaderboardError(f"{path} has the SHA-256 {digest}, not {sha256}: it was changed on its way.")
     try:
         lab, content, pictures = _unpack(path, data)
-        stored = {name: [_row(name, row) for row in content.get(name, [])] for name in TABLES}
+        stored = {name: [_row(name, row, pictures) for row in content.get(name, [])] for name in TABLES}
     except KeyError as error:
         raise LeaderboardError(f"{path} is not a bundle of results: it lacks {error}.") from error
-    except (ValueError, TypeError, AttributeError, zipfile.BadZipFile, NotImplementedError) as error:
+    except DAMAGE as error:
         raise LeaderboardError(f"{path} cannot be imported: {error}.") from error
     counts = dict.fromkeys(("added", "unchanged", "kept"), 0)
     with writing(db_url) as session:
@@ -126,7 +133,7 @@ def import_bundle(db_url: str | None, path: Path, *, sha256: str | None = None) 
             for row in stored[name]:
                 if row["key"] in known:
                     here = known[row["key"]]
-                    old = _result(session, here, {}) if name == "results" else _plain(here)
+                    old = _result(session, here, None) if name == "results" else _plain(here)
                     counts["unchanged" if _same(old, row) else "kept"] += 1
                     continue
                 known[row["key"]] = None
@@ -156,8 +163,8 @@ def _plain(row: Any) -> dict[str, Any]:
     return {c.key: getattr(row, c.key) for c in type(row).__table__.columns if c.key not in _LOCAL}
 
 
-def _result(session: Session, row: Result, files: dict[str, bytes]) -> dict[str, Any]:
-    """A result with its metrics and videos' scores; its thumbnails go into ``files``."""
+def _result(session: Session, row: Result, files: dict[str, bytes] | None) -> dict[str, Any]:
+    """A result with its metrics and videos' scores; its thumbnails go into ``files``, if that is not None."""
     import base64
 
     query = select(VideoScore.name, VideoScore.prompt, VideoScore.sample, VideoScore.value)
@@ -165,20 +172,22 @@ def _result(session: Session, row: Result, files: dict[str, bytes]) -> dict[str,
     videos: dict[str, list[list[float]]] = {}
     for metric_name, number, sample, value in session.execute(query):
         videos.setdefault(metric_name, []).append([number, sample, value])
+    metrics = {metric.name: metric.to_dict() for metric in row.metrics}
+    content = {**_plain(row), "metrics": metrics, "video_scores": videos, "thumbnails": []}
+    if files is None:
+        return content
     own = select(Thumbnail).where(Thumbnail.result_id == row.id).order_by(Thumbnail.position)
     pictures = [(thumbnail.prompt, thumbnail.image) for thumbnail in session.scalars(own)]
     if not pictures and row.run and (Path(row.run) / "manifest.jsonl").is_file():
         sheet = contact_sheet(teacher_first([row]), {row.id: Path(row.run)}, prompts=THUMBNAILS)
         for prompt, (clip,) in sheet.rows if sheet else ():
             pictures.append((prompt, base64.b64decode(clip.strip.split(",", 1)[1])))
-    thumbnails = []
     for position, (prompt, image) in enumerate(pictures):
         ending = "png" if image.startswith(b"\x89PNG") else "webp"
         name = f"thumbnails/{row.key}-{position}.{ending}"
         files[name] = image
-        thumbnails.append({"prompt": prompt, "file": name})
-    metrics = {metric.name: metric.to_dict() for metric in row.metrics}
-    return {**_plain(row), "metrics": metrics, "video_scores": videos, "thumbnails": thumbnails}
+        content["thumbnails"].append({"prompt": prompt, "file": name})
+    return content
 
 
 def _unpack(path: Path, data: bytes) -> tuple[str, dict[str, Any], dict[str, bytes]]:
@@ -187,10 +196,12 @@ def _unpack(path: Path, data: bytes) -> tuple[str, dict[str, Any], dict[str, byt
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) != len(archive.infolist()):
             raise ValueError("it holds a file twice")
+        if sum(entry.file_size for entry in entries.values()) > LARGEST_FILE:
+            raise ValueError(f"it would unpack to more than {LARGEST_FILE} bytes, which is too large")
         for name, entry in entries.items():
             if name != "manifest.json" and not _NAME.fullmatch(name):
                 raise ValueError(f"it holds {name!r}, and no bundle has such a file")
-            if entry.file_size > (LARGEST_PICTURE if name.startswith("thumbnails/") else LARGEST_FILE):
+            if name.startswith("thumbnails/") and entry.file_size > LARGEST_PICTURE:
                 raise ValueError(f"{name} would unpack to {entry.file_size} bytes, which is too large")
         manifest = json.loads(archive.read("manifest.json"))
         if manifest["format"] != FORMAT:
@@ -227,7 +238,7 @@ def _check_picture(name: str, image: bytes) -> None:
         raise ValueError(f"{name} has {width} x {height} pixels, which is too large")
 
 
-def _row(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(table: str, row: Mapping[str, Any], pictures: Mapping[str, bytes]) -> dict[str, Any]:
     """The columns of a row, each of its type and in its range, with a key that fits its content."""
     values = {c.key: _typed(c, row[c.key]) for c in TABLES[table].__table__.columns if c.key not in _LOCAL}
     identity: Sequence[str]
@@ -237,13 +248,15 @@ def _row(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
         values["source"] = "measured"
         values["seeds"] = [int(seed) for seed in values["seeds"]]
         values["packages"] = {str(key): str(version) for key, version in values["packages"].items()}
-        metrics = [check_metric(name, entry) for name, entry in sorted(row["metrics"].items())]
+        metrics = without_lone_totals([check_metric(name, entry) for name, entry in sorted(row["metrics"].items())])
         values["metrics"] = {m["name"]: {key: value for key, value in m.items() if key != "name"} for m in metrics}
         values["video_scores"] = {
-            str(name): [[int(prompt), int(sample), finite(value)] for prompt, sample, value in scores]
-            for name, scores in row["video_scores"].items()
+            str(name): _video_scores(str(name), scores) for name, scores in row["video_scores"].items()
         }
         values["thumbnails"] = [{"prompt": str(t["prompt"]), "file": str(t["file"])} for t in row["thumbnails"]]
+        named = [thumbnail["file"] for thumbnail in values["thumbnails"]]
+        if len(named) > THUMBNAILS or len(set(named)) < len(named) or not set(named) <= set(pictures):
+            raise ValueError(f"{values['name']} names thumbnails that are not its own, or more than {THUMBNAILS}")
         identity = record.IDENTITY
     elif table == "reported":
         values["scores"] = {str(name): finite(value) for name, value in values["scores"].items()}
@@ -252,10 +265,24 @@ def _row(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
         from leaderboard.published import IDENTITY as identity
     else:
         check, identity = record.CHECKS[table]
-        check(row)
+        values |= check(row) | ({key: values[key] for key in ("a_hash", "b_hash")} if table == "preferences" else {})
     if record.key_of([values[name] for name in identity]) != values["key"]:
         raise ValueError(f"the key of {values.get('name') or values.get('claim') or table} is not that of its content")
     return values
+
+
+def _video_scores(name: str, scores: Any) -> list[list[int | float]]:
+    found: list[list[int | float]] = [[_integer(prompt), _integer(n), finite(value)] for prompt, n, value in scores]
+    if len({(prompt, n) for prompt, n, _ in found}) < len(found):
+        raise ValueError(f"{name} scores one video twice")
+    return found
+
+
+def _integer(value: Any) -> int:
+    """The value as a whole number that a database can hold."""
+    if abs(int(value)) > LARGEST_INTEGER:
+        raise ValueError(f"{value} is too large a number")
+    return int(value)
 
 
 def _typed(column: Any, value: Any) -> Any:
@@ -274,7 +301,7 @@ def _typed(column: Any, value: Any) -> Any:
         return number
     if kind is not dict and not (isinstance(value, kind) and (kind is bool) == isinstance(value, bool)):
         raise ValueError(f"{column.key} is {repr(value)[:60]}, which is no {kind.__name__}")
-    return value
+    return _integer(value) if kind is int else value
 
 
 def _store(session: Session, row: Mapping[str, Any], origin: str, pictures: Mapping[str, bytes]) -> None:

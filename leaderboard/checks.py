@@ -61,6 +61,22 @@ def finite(value: Any) -> float:
     return number
 
 
+def both_ends(name: str, low: float | None, high: float | None) -> None:
+    """Refuse an interval with one end.
+
+    Raises:
+        ValueError: only one of the two is there.
+    """
+    if (low is None) != (high is None):
+        raise ValueError(f"{name} has the interval [{low}, {high}]; give both ends, or neither")
+
+
+def without_lone_totals(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries; totals only where all sixteen dimensions they are made of are complete."""
+    full = {metric["name"] for metric in metrics if metric["completeness"] == 1}
+    return metrics if full.issuperset(DIMENSIONS) else [m for m in metrics if m["name"] not in TOTALS]
+
+
 def check_metric(name: str, entry: Any) -> dict[str, Any]:
     """One entry of a summary of scores as the columns of ``models.Metric``.
 
@@ -79,8 +95,9 @@ def check_metric(name: str, entry: Any) -> dict[str, Any]:
     n, completeness = int(entry["n"]), finite(entry["completeness"])
     if value < 0 and name not in SIGNED:
         raise ValueError(f"{name} is {value}, but it cannot be negative")
-    if value > 1 and name in DIMENSIONS:
+    if value > 1 and (name in DIMENSIONS or name.startswith("alignment")):
         raise ValueError(f"{name} is {value}, but scores are between 0 and 1")
+    both_ends(name, low, high)
     if low is not None and high is not None and low > high:
         raise ValueError(f"{name} has the interval [{low}, {high}], whose ends are swapped")
     if n < 0 or not 0 <= completeness <= 1:

@@ -28,7 +28,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session
 
-from leaderboard.errors import LeaderboardError
+from leaderboard.errors import LeaderboardError, without_password
 
 DEFAULT_DB = "tmd-eval.db"
 WRITE = "writes"  # execution option: this connection's transactions will write
@@ -72,10 +72,14 @@ def connect(db: str | None = None) -> Engine:
     try:
         url = make_url(address)
         if url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise LeaderboardError(f"{address!r} is neither an SQLite nor a PostgreSQL address; write a file's path.")
+            raise LeaderboardError(
+                f"{without_password(address)!r} is neither an SQLite nor a PostgreSQL address; write a file's path."
+            )
         engine = create_engine(url)
     except (ArgumentError, NoSuchModuleError) as error:
-        raise LeaderboardError(f"{address!r} is not a database address ({error}); write a file's path.") from error
+        shown = without_password(address)
+        told = without_password(str(error))
+        raise LeaderboardError(f"{shown!r} is not a database address ({told}); write a file's path.") from error
     except ModuleNotFoundError as error:
         raise LeaderboardError(
             f"The driver {error.name} of {url.render_as_string()} is missing: pip install 'psycopg[binary]'."

@@ -18,8 +18,8 @@ LABELS = {name: name.replace("_", " ").capitalize().replace("Color", "Colour") f
 
 
 def dimension_rows(rows: Sequence[Result]) -> list[Result]:
-    """The rows that the figures of dimensions show: those with at least three dimensions, in the order given."""
-    return [row for row in rows if sum(row.metric(name) is not None for name in DIMENSIONS) >= 3][:SHOWN]
+    """The rows that the figures of dimensions show: ranked ones with three dimensions or more, in the order given."""
+    return [row for row in rows if row.ranked and sum(row.metric(name) is not None for name in DIMENSIONS) >= 3][:SHOWN]
 
 
 def _looks(rows: Sequence[Result]) -> list[dict[str, Any]]:

@@ -91,14 +91,20 @@ class Pool:
 def pooled(rows: Iterable[Scores]) -> Pool | None:
     """The spread between seeds over all trained rows with two seeds or more; None where there is none.
 
+    Rows that sample the same students count together as one, with the mean of their variances.
+
     Args:
         rows: one metric of the rows.
     """
-    parts = [(row.seeds - 1, float(row.values.var(ddof=1))) for row in rows if row.trained and row.seeds > 1]
-    degrees = sum(part[0] for part in parts)
+    groups: dict[object, list[Scores]] = {}
+    for number, row in enumerate(rows):
+        if row.trained and row.seeds > 1:
+            groups.setdefault(row.students or number, []).append(row)
+    degrees = sum(group[0].seeds - 1 for group in groups.values())
     if not degrees:
         return None
-    return Pool(variance=sum(count * variance for count, variance in parts) / degrees, degrees=degrees)
+    spread = sum((g[0].seeds - 1) * float(np.mean([row.values.var(ddof=1) for row in g])) for g in groups.values())
+    return Pool(variance=spread / degrees, degrees=degrees)
 
 
 def blocked(rows: Iterable[Scores]) -> Pool | None:

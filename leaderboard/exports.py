@@ -56,15 +56,18 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     parts = ("value", "low", "high", "n")
-    writer.writerow([*fields, *(name if part == "value" else f"{name}_{part}" for name in metrics for part in parts)])
+    heads = (name if part == "value" else f"{name}_{part}" for name in metrics for part in parts)
+    writer.writerow([*fields, *map(_no_formula, heads)])
     for row in rows:
         cells = [row[field] for field in fields]
         cells = [" ".join(map(str, cell)) if isinstance(cell, list) else cell for cell in cells]
         cells += [row["metrics"].get(name, {}).get(part) for name in metrics for part in parts]
-        writer.writerow(
-            [f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell for cell in cells]
-        )
+        writer.writerow(map(_no_formula, cells))
     return out.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell and cell[0] in "=+-@\t\r" else cell
 
 
 def as_latex(groups: Sequence[Group], reported: Sequence[Reported]) -> str:

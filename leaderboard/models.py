@@ -100,7 +100,7 @@ class Result(Base):
     checkpoint_hash: Mapped[str | None] = mapped_column(String(64))
     """SHA-256 of the checkpoint's weights and settings."""
     prompts_name: Mapped[str] = mapped_column(Text)
-    """Name of the prompt set; rows of one name are compared with each other."""
+    """Name of the prompt set, and of the texts that models read instead; rows of one set are compared."""
     prompts_sha256: Mapped[str] = mapped_column(String(64))
     """SHA-256 of the prompts really used (a limited set has its own)."""
     prompts_count: Mapped[int]
@@ -158,7 +158,7 @@ class Result(Base):
 
     @property
     def flags(self) -> list[str]:
-        """What a reader must know before comparing: "incomplete", "unscored", "modified code"."""
+        """What a reader must know before comparing: "incomplete", "unscored", "modified code", "imported"."""
         flags = []
         if self.videos < self.expected_videos or any(metric.completeness < 1 for metric in self.metrics):
             flags.append("incomplete")
@@ -166,6 +166,8 @@ class Result(Base):
             flags.append("unscored")
         if self.code_revision.endswith("+changes"):
             flags.append("modified code")
+        if self.origin is not None:
+            flags.append("imported")
         return flags
 
     @property

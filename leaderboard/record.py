@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from leaderboard.checks import finite
+from leaderboard.checks import both_ends, finite
 from leaderboard.database import writing
 from leaderboard.errors import LeaderboardError
 from leaderboard.models import Claim, Latency, Metric, Preference, Result, VideoScore
@@ -236,6 +236,7 @@ def _latency(row: Mapping[str, Any]) -> dict[str, Any]:
 def _preference(row: Mapping[str, Any], hashes: Mapping[str, str | None]) -> dict[str, Any]:
     numbers = {key: None if row.get(key) is None else finite(row[key]) for key in ("low", "high", "p_value")}
     value = finite(row["value"])
+    both_ends(f"the preference for {row['a']}", numbers["low"], numbers["high"])
     if not 0 <= value <= 1:
         raise ValueError(f"the preference for {row['a']} is {value}, but it is a share between 0 and 1")
     counts = {key: int(row[key]) for key in ("wins_a", "wins_b", "ties", "n_votes", "n_prompts", "n_raters")}

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from leaderboard.checks import DIMENSIONS, TOTALS, check_metric, finite
+from leaderboard.checks import check_metric, finite, without_lone_totals
 from leaderboard.display import default_name
 from leaderboard.errors import LeaderboardError
 from leaderboard.models import ROLES
@@ -65,7 +65,12 @@ def read_run(run: Path, *, name: str | None = None) -> tuple[dict[str, Any], lis
         raise LeaderboardError(f"{path} gives the role {role!r}; it must be one of {', '.join(ROLES)}.")
     height, width = _size(config.get("size"), path)
     seed = config.get("seed")
-    seconds = [float(row["seconds"]) for row in manifest if row.get("seconds") is not None]
+    seeds = seed if isinstance(seed, list) else [seed] if seed is not None else []
+    seconds = [_maybe(row, "seconds", float, run / "manifest.jsonl") for row in manifest]
+    timed = [value for value in seconds if value is not None]
+    packages = config.get("packages") or {}
+    if not isinstance(packages, dict):
+        raise LeaderboardError(f"{path} gives {packages!r} as 'packages', which must be a mapping.")
     columns: dict[str, Any] = {
         "source": "measured",
         "role": role,
@@ -76,22 +81,22 @@ def read_run(run: Path, *, name: str | None = None) -> tuple[dict[str, Any], lis
         "base": _base(checkpoint.get("base")),
         "checkpoint": _text(checkpoint.get("ref")),
         "checkpoint_hash": _text(checkpoint.get("hash")),
-        "prompts_name": _need(prompts, "name", str, path),
+        "prompts_name": _need(prompts, "name", str, path) + _texts(config.get("texts")),
         "prompts_sha256": _need(prompts, "sha256", str, path),
         "prompts_count": _need(prompts, "count", int, path),
         "samples_per_prompt": _need(config, "samples_per_prompt", int, path),
-        "seeds": [int(s) for s in (seed if isinstance(seed, list) else [seed]) if s is not None],
+        "seeds": [_need({"seed": one}, "seed", int, path) for one in seeds],
         "height": height,
         "width": width,
         "frames": _maybe(config, "frames", int, path),
         "fps": _maybe(config, "fps", float, path),
         "dtype": _text(config.get("dtype")),
         "videos": len({row["video"] for row in manifest}),
-        "seconds_per_video": statistics.median(seconds) if seconds else None,
+        "seconds_per_video": statistics.median(timed) if timed else None,
         "batch_size": _maybe(config, "batch_size", int, path),
         "device": _need(config, "device", str, path),
         "code_revision": _need(config, "code_revision", str, path),
-        "packages": {str(key): str(value) for key, value in (config.get("packages") or {}).items()},
+        "packages": {str(key): str(value) for key, value in packages.items()},
         "command": _need(config, "command", str, path),
         "created": _time(config.get("created"), path),
         "manifest_sha256": hashlib.sha256((run / "manifest.jsonl").read_bytes()).hexdigest(),
@@ -108,7 +113,6 @@ def read_run(run: Path, *, name: str | None = None) -> tuple[dict[str, Any], lis
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The summary's entries; totals only where all sixteen dimensions they are made of are complete."""
     if not path.is_file():
         return []
     try:
@@ -117,8 +121,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         raise LeaderboardError(
             f"{path} is not a summary of scores ({type(error).__name__}: {error}); score the run again."
         ) from error
-    full = {metric["name"] for metric in metrics if metric["completeness"] == 1}
-    return metrics if full.issuperset(DIMENSIONS) else [m for m in metrics if m["name"] not in TOTALS]
+    return without_lone_totals(metrics)
 
 
 def prompt_id(prompt: str) -> int:
@@ -135,7 +138,15 @@ def video_scores(run: Path, metrics: Iterable[str]) -> list[dict[str, Any]]:
         LeaderboardError: a line is no JSON object with a ``video`` and a number, or names a video twice or one that
             the manifest does not list.
     """
-    places = {str(row["video"]): (row.get("prompt"), row.get("index", 0)) for row in read_manifest(run)}
+    places: dict[str, tuple[Any, int]] = {}
+    taken: set[tuple[Any, int]] = set()
+    for entry in read_manifest(run):
+        if str(entry["video"]) not in places:
+            prompt, sample = entry.get("prompt"), int(entry.get("index", 0))
+            while (prompt, sample) in taken:  # the file of prompts has a line twice
+                sample += 1
+            taken.add((prompt, sample))
+            places[str(entry["video"])] = prompt, sample
     prompts = {prompt: prompt_id(str(prompt)) for prompt, _ in places.values()}
     rows = []
     for name in sorted(metrics):
@@ -198,6 +209,11 @@ def _need(values: dict[str, Any], key: str, kind: type[T], path: Path) -> T:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def _texts(value: Any) -> str:
+    """What is added to the name of prompts whose models read other texts (extended ones): those are another test."""
+    return f", read as {value.get('name')} {str(value.get('sha256'))[:8]}" if isinstance(value, dict) else ""
 
 
 def _base(value: Any) -> str | None:

@@ -235,10 +235,15 @@ def _times(group: Group, evidence: Evidence) -> tuple[dict[int, float], str | No
 
 
 def _by_study(rows: Sequence[Preference]) -> dict[str, list[Preference]]:
-    found: dict[str, list[Preference]] = {}
+    """Results by study; two of one name that differ in design or kind of rater are two."""
+    found: dict[tuple[str, str, bool], list[Preference]] = {}
     for row in rows:
-        found.setdefault(row.study, []).append(row)
-    return found
+        found.setdefault((row.study, row.schedule_hash, row.simulated), []).append(row)
+    names = Counter(study for study, _, _ in found)
+    return {
+        study if names[study] == 1 else f"{study}, design {design[:8]}{', simulated' if simulated else ''}": group
+        for (study, design, simulated), group in found.items()
+    }
 
 
 def _model_pages(groups: Sequence[Group], evidence: Evidence, clips: Mapping[int, Path]) -> Iterator[ModelPage]:
@@ -259,9 +264,7 @@ def _model_pages(groups: Sequence[Group], evidence: Evidence, clips: Mapping[int
                 slug=f"{slug(row.name)}-{row.key[:8]}",
                 pairs=[pair for pair in group.pairs if row in (pair.a, pair.b)],
                 latencies=[x for x in evidence.latencies if _same(x, row)],
-                preferences=[x for x in evidence.preferences if row.checkpoint_hash in (x.a_hash, x.b_hash)]
-                if row.checkpoint_hash
-                else [],
+                preferences=[x for x in evidence.preferences if _judged(x, row, group.rows)],
                 thumbnails=[] if sheet else [_thumbnail(x) for x in evidence.thumbnails.get(row.id, [])],
                 sheet=sheet,
             )
@@ -271,6 +274,15 @@ def _same(latency: Latency, row: Result) -> bool:
     return latency.checkpoint_hash is not None and (
         (latency.checkpoint_hash, latency.m, latency.n) == (row.checkpoint_hash, row.m, row.n)
     )
+
+
+def _judged(preference: Preference, row: Result, rows: Sequence[Result]) -> bool:
+    """Whether a preference is about a row: by its weights, and by name where rows sample the same weights."""
+    if row.checkpoint_hash is None:
+        return False
+    alone = sum(other.checkpoint_hash == row.checkpoint_hash for other in rows) == 1
+    sides = ((preference.a, preference.a_hash), (preference.b, preference.b_hash))
+    return any(digest == row.checkpoint_hash and (alone or name == row.name) for name, digest in sides)
 
 
 def _thumbnail(thumbnail: Thumbnail) -> tuple[str, str]:
@@ -291,7 +303,7 @@ def _comparable(groups: Sequence[Group], reported: Sequence[Reported], pages: Ma
             {
                 "key": index[row.id], "name": row.name, "group": f"Measured on {group.name}",
                 "page": f"models/{pages[row.id].slug}.html", "nfe": row.effective_nfe, "passes": row.forward_passes,
-                "seconds": row.seconds_per_video, "device": row.device,
+                "seconds": row.seconds_per_video, "device": row.device, "ranked": row.ranked,
                 "metrics": {m.name: [m.value, m.low, m.high, m.n] for m in row.metrics if m.name != display.REAL},
             }
         )  # fmt: skip
@@ -305,7 +317,7 @@ def _comparable(groups: Sequence[Group], reported: Sequence[Reported], pages: Ma
             {
                 "key": f"r{entry.id}", "name": f"{published.name(entry)} ({entry.source})",
                 "group": "Reported elsewhere", "page": None, "nfe": entry.effective_nfe,
-                "passes": values["forward_passes"], "seconds": None, "device": None, "metrics": scores,
+                "passes": values["forward_passes"], "seconds": None, "device": None, "ranked": True, "metrics": scores,
             }
         )  # fmt: skip
     pairs = {

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 DRAWS, SEED = 2000, 0
+FEWEST = 5
+"""Common prompts of a paired difference, at least: fewer can agree by chance."""
 Z = 1.959964
 """97.5 % quantile of the normal distribution."""
 
@@ -76,24 +78,31 @@ def paired_differences(
 ) -> dict[tuple[int, int], Difference]:
     """Differences with 95 % percentile intervals of a bootstrap over the common prompts.
 
+    A bootstrap of few prompts is too narrow: its ends are taken sqrt(P / (P - 1)) t / z times as far from the mean,
+    with the 97.5 % quantiles of Student's t (P - 1 degrees of freedom) and of the normal distribution.
+
     Args:
         pairs: for each pair of rows the means of its prompts, of a and of b, by prompt.
 
     Returns:
-        For each pair with at least two common prompts its difference.
+        For each pair with at least ``FEWEST`` common prompts its difference.
     """
+    from scipy.stats import t
+
     columns: dict[int, list[tuple[tuple[int, int], NDArray[np.float64]]]] = {}
     for pair, (a, b) in pairs.items():
         common = sorted(a.keys() & b.keys())
-        if len(common) >= 2:
+        if len(common) >= FEWEST:
             difference = np.array([a[prompt] - b[prompt] for prompt in common])
             columns.setdefault(len(common), []).append((pair, difference))
     found = {}
     for prompts, entries in columns.items():  # one product of matrices for all pairs with as many prompts
         drawn = prompt_weights(prompts) @ np.stack([d for _, d in entries], axis=1)
-        lows, highs = np.quantile(drawn, [0.025, 0.975], axis=0)
-        for (pair, difference), low, high in zip(entries, lows, highs, strict=True):
-            found[pair] = Difference(value=float(difference.mean()), low=float(low), high=float(high), prompts=prompts)
+        means = np.array([difference.mean() for _, difference in entries])
+        wider = (prompts / (prompts - 1)) ** 0.5 * float(t.ppf(0.975, prompts - 1)) / Z
+        lows, highs = means + wider * (np.quantile(drawn, [0.025, 0.975], axis=0) - means)
+        for (pair, _), value, low, high in zip(entries, means, lows, highs, strict=True):
+            found[pair] = Difference(value=float(value), low=float(low), high=float(high), prompts=prompts)
     return {pair: found[pair] for pair in pairs if pair in found}
 
 

@@ -153,6 +153,16 @@ def test_pooled_spread_widens_what_chance_made_narrow_and_never_narrows():
     assert pooled([scores(np.ones((1, 5)))]) is None
 
 
+def test_rows_of_the_same_students_are_no_further_seeds():
+    rng = np.random.default_rng(4)
+    several = [replace(scores(rng.normal(0, 1, (3, 40))), students=("x", "y", "z")) for _ in range(4)]
+    pool = pooled([*several, scores(rng.normal(0, 1, (3, 40)))])
+    assert pool is not None and pool.degrees == 2 + 2
+    mean = np.mean([row.values.var(ddof=1) for row in several])
+    alone = pooled(several)
+    assert alone is not None and alone.variance == pytest.approx(float(mean))
+
+
 @pytest.mark.parametrize("seeds", [2, 3])
 @pytest.mark.parametrize("unlike", [0.0, 0.5, 1.0])
 def test_pooled_intervals_cover_the_truth_though_rows_are_unlike(seeds: int, unlike: float):

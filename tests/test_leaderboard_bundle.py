@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from leaderboard.bundle import export_bundle, import_bundle
 from leaderboard.errors import LeaderboardError
-from leaderboard.models import Thumbnail, VideoScore
+from leaderboard.models import Latency, Thumbnail, VideoScore
 from leaderboard.query import load, show
 from leaderboard.record import record_run
 from leaderboard.site import build_site
@@ -40,7 +40,8 @@ def bundle(board: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plain(db: str) -> list[dict[str, Any]]:
     """Rows without what belongs to one database."""
-    return [{k: v for k, v in row.items() if k not in ("id", "run", "origin")} for row in show(db, sort="name")]
+    rows = [{k: v for k, v in row.items() if k not in ("id", "run", "origin")} for row in show(db, sort="name")]
+    return [{**row, "flags": [flag for flag in row["flags"] if flag != "imported"]} for row in rows]
 
 
 def test_two_labs_join_their_boards(board: str, bundle: Path, tmp_path: Path) -> None:
@@ -138,6 +139,16 @@ def metric(name: str, **values: Any) -> Callable[[dict[str, bytes]], None]:
         (rows_changed(lambda c: c["latencies"][0]["seconds"]["total"].update(median=-1)), True, "never negative"),
         (rows_changed(lambda c: c["preferences"][0].update(value=60)), True, "between 0 and 1"),
         (rows_changed(lambda c: c.update(users=[])), True, "unknown kind 'users'"),
+        (metric("frechet", low=None, high=9.0), True, "give both ends, or neither"),
+        (metric("alignment_joint", value=84.0), True, "scores are between 0 and 1"),
+        (rows_changed(lambda c: c["preferences"][0].update(low=0.1, high=None)), True, "give both ends, or neither"),
+        (rows_changed(lambda c: c["results"][0].update(videos=2**70)), True, "is too large a number"),
+        (rows_changed(lambda c: c["results"][0].update(video_scores={"x": [[1, 2**70, 1.0]]})), True, "too large"),
+        (rows_changed(lambda c: c["results"][0].update(video_scores={"x": 2 * [[1, 0, 1.0]]})), True, "video twice"),
+        (rows_changed(lambda c: c["results"][0].update(thumbnails=[{"prompt": "p", "file": "absent"}])), True,
+         "names thumbnails that are not its own"),
+        (rows_changed(lambda c: c["results"][0].update(thumbnails=5 * c["results"][0]["thumbnails"])), True,
+         "names thumbnails that are not its own, or more than 4"),
     ],
 )  # fmt: skip
 def test_a_changed_or_impossible_bundle_is_refused_and_nothing_is_stored(
@@ -149,6 +160,33 @@ def test_a_changed_or_impossible_bundle_is_refused_and_nothing_is_stored(
         import_bundle(db, bad)
     assert load(db) == [] and show(db) == []
     assert {path.name for path in tmp_path.iterdir()} <= {"bad.zip", "r.db", "r.db-wal", "r.db-shm"}
+
+
+def test_a_flipped_bit_anywhere_is_one_sentence_or_no_matter(bundle: Path, tmp_path: Path) -> None:
+    whole = bundle.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), len(whole) // 30):
+        (tmp_path / "flipped.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+        try:
+            import_bundle(str(tmp_path / "r.db"), tmp_path / "flipped.zip")
+        except LeaderboardError:
+            refused += 1
+    assert refused >= 25
+
+
+def test_numbers_of_a_bundle_are_stored_as_they_were_checked(bundle: Path, tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["latencies"][0]["seconds"] = {"total": {"median": "5", "p95": 6}, "text": None}
+        entry = content["results"][0]["metrics"]["frechet"]
+        content["results"][0]["metrics"] = {"frechet": entry, "total": {**entry, "value": 7.5}}
+
+    db = str(tmp_path / "r.db")
+    import_bundle(db, repack(bundle, tmp_path / "odd.zip", rows_changed(change)))
+    assert {"total": {"median": 5.0, "p95": 6.0}} in [row.seconds for row in rows(db, Latency)]
+    assert not [
+        row for row in load(db) if row.metric("total") and not row.metric("scene")
+    ]  # no total without its parts
+    assert build_site(db, tmp_path / "site", command="c").is_file()
 
 
 def test_a_row_that_differs_is_kept_as_it_is_here(bundle: Path, tmp_path: Path) -> None:

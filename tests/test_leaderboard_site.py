@@ -12,13 +12,15 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import yaml
 from sqlalchemy import insert, select
 
-from leaderboard.board import slug
+from leaderboard.board import groups_of, slug
 from leaderboard.checks import DIMENSIONS, QUALITY_DIMENSIONS, SEMANTIC_DIMENSIONS, total_of
 from leaderboard.database import writing
 from leaderboard.errors import LeaderboardError
@@ -26,10 +28,12 @@ from leaderboard.models import Metric, Result, VideoScore
 from leaderboard.published import PUBLISHED_TITLE, import_published
 from leaderboard.query import load
 from leaderboard.record import IDENTITY, key_of, record_claims, record_latency, record_preferences, record_run
+from leaderboard.run_folder import video_scores
 from leaderboard.site import build_site
 from leaderboard.stats import front_probability, on_front, paired_differences
 from tests.test_leaderboard import HOSTILE, MODELS, STUDENT, TEACHER, UNDISTILLED, edit, files, make_run
 from tests.test_leaderboard_record import CLAIM, HEAD, STUDY, TIMING, write
+from tmd_eval.provenance import command_line
 from tmd_eval.rerun import compare, figures
 
 VBENCH = {"Wan teacher": ("teacher", "teacher", 50.0, 0.86), "Wan TMD": ("student", "tmd", 2.33, 0.84)}
@@ -315,6 +319,87 @@ def test_empty_and_unknown(tmp_path: Path) -> None:
 # Statistics
 
 
+@pytest.mark.parametrize("prompts", [5, 8, 16, 100])
+def test_paired_intervals_of_few_prompts_cover_the_truth(prompts: int) -> None:
+    rng = np.random.default_rng(prompts)
+    made = {(i, -i - 1): (dict(enumerate(rng.normal(0, 1, prompts))), dict.fromkeys(range(prompts), 0.0))
+            for i in range(2000)}  # fmt: skip
+    found = paired_differences(made)
+    assert len(found) == 2000 and sum(difference.apart for difference in found.values()) < 0.075 * 2000
+    four = {pair: ({p: a[p] for p in range(4)}, b) for pair, (a, b) in made.items()}
+    assert paired_differences(four) == {}  # so few can agree by chance
+
+
+def board_of(tmp_path: Path, *rows: dict[str, Any]) -> list[Result]:
+    """The student's run, once for each change of its configuration."""
+    db = str(tmp_path / "r.db")
+    for number, changes in enumerate(rows):
+        run = make_run(tmp_path / str(number), STUDENT)
+        edit(run / "config.yaml", seed=number, **changes)
+        record_run(db, run, name=f"row {number}")
+    return load(db)
+
+
+def test_only_rows_on_the_same_prompts_are_compared(tmp_path: Path) -> None:
+    few = {"prompts": {"name": "micro", "sha256": "e" * 64, "count": 2}}
+    other = {"prompts": {"name": "micro", "sha256": "f" * 64, "count": 4}}
+    read = {"texts": {"name": "extended", "sha256": "9" * 64}}
+    groups = {
+        group.name: [row.name for row in group.rows] for group in groups_of(board_of(tmp_path, {}, few, other, read))
+    }
+    assert groups == {
+        "micro, 2 prompts": ["row 1"], "micro, 4 prompts (dddddddd)": ["row 0"],
+        "micro, 4 prompts (ffffffff)": ["row 2"], "micro, read as extended 99999999": ["row 3"],
+    }  # fmt: skip
+
+
+def test_a_student_is_judged_against_its_own_base_model(tmp_path: Path) -> None:
+    db = str(tmp_path / "r.db")
+    for name in MODELS:
+        record_run(db, make_run(tmp_path, name))
+    assert [len(group.comparisons) for group in groups_of(load(db))] == [1]
+    larger = make_run(tmp_path / "larger", STUDENT)
+    config = yaml.safe_load((larger / "config.yaml").read_text())
+    edit(larger / "config.yaml", checkpoint={**config["checkpoint"], "base": {"ref": "14b", "hash": "c" * 64}}, seed=8)
+    record_run(db, larger, name="larger")
+    (group,) = groups_of(load(db))
+    assert [comparison.student.name for comparison in group.comparisons] == [STUDENT]
+
+
+def test_scores_of_unlike_scorers_are_told(tmp_path: Path) -> None:
+    db = str(tmp_path / "r.db")
+    record_run(db, make_run(tmp_path, STUDENT))
+    run = make_run(tmp_path, TEACHER)
+    summary = json.loads((run / "scores" / "summary.json").read_text())
+    summary["frechet"] |= {"metric_version": "2", "weight_hashes": {"w.pt": "a" * 64}}
+    (run / "scores" / "summary.json").write_text(json.dumps(summary))
+    record_run(db, run)
+    (group,) = groups_of(load(db))
+    assert group.versions == {"Fréchet distance": ["2 w.pt aaaaaaaa", "micro-judge-1"]}
+    page = build_site(db, tmp_path / "site", command="c").read_text()
+    assert "Fréchet distance was scored by several versions" in page
+
+
+def test_a_file_of_prompts_with_a_line_twice_can_be_recorded(tmp_path: Path) -> None:
+    run = make_run(tmp_path, STUDENT)
+    rows = [json.loads(line) for line in (run / "manifest.jsonl").read_text().splitlines()]
+    twice = "".join(json.dumps({**row, "prompt": "the same"}) + "\n" for row in rows)
+    (run / "manifest.jsonl").write_text(twice)
+    scores = [{"video": row["video"], "value": 0.5} for row in rows]
+    (run / "scores" / "alignment_joint.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    found = video_scores(run, ["alignment_joint"])
+    assert sorted(row["sample"] for row in found) == [0, 1, 2, 3] and len({row["prompt"] for row in found}) == 1
+
+
+def test_no_password_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tmd-eval", "leaderboard", "build", "--db", "postgresql://bob:s3cret@host/db"])
+    assert command_line() == "tmd-eval leaderboard build --db postgresql://bob:***@host/db"
+    for address in ("mysql://bob:s3cret@host/db", "postgres://bob:s3cret@host/db", "odd+x://bob:s3cret@h:port/db"):
+        with pytest.raises(LeaderboardError) as caught:
+            load(address)
+        assert "s3cret" not in str(caught.value)
+
+
 def test_paired_differences_agree_with_a_plain_bootstrap() -> None:
     rng = np.random.default_rng(3)
     a, b = rng.normal(0.6, 0.2, 40), rng.normal(0.5, 0.2, 40)
@@ -325,7 +410,7 @@ def test_paired_differences_agree_with_a_plain_bootstrap() -> None:
     difference = found[1, 2]
     assert difference.value == pytest.approx(float((a - b).mean())) and difference.prompts == 40
     draws = [float((a - b)[rng.integers(0, 40, 40)].mean()) for _ in range(4000)]
-    assert (difference.low, difference.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.01)
+    assert (difference.low, difference.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.015)
     mirrored = paired_differences({(2, 1): (dict(enumerate(b)), dict(enumerate(a)))})[2, 1]
     assert (mirrored.value, mirrored.low, mirrored.high) == pytest.approx(
         (-difference.value, -difference.high, -difference.low), abs=1e-6

@@ -36,8 +36,10 @@ def provenance(*, command: str | None = None, device: str = "cpu") -> dict[str, 
 
 
 def command_line() -> str:
-    """This process's command, to be pasted into a shell."""
-    return shlex.join(["tmd-eval", *sys.argv[1:]])
+    """This process's command, to be pasted into a shell; passwords of databases are left out."""
+    from leaderboard.errors import without_password
+
+    return without_password(shlex.join(["tmd-eval", *sys.argv[1:]]))
 
 
 def utc_now() -> str:

@@ -55,6 +55,7 @@ function difference(a, b, name) {
   }
   const value = signed(x[0] - y[0], metric, digits);
   if (a.group !== b.group) return [value, "not comparable: other prompts or evaluators"];
+  if (!a.ranked || !b.ranked) return [value, "not comparable: incomplete"];
   if (x[1] === null || y[1] === null) return [value, "no interval"];
   return [value, x[2] < y[1] || y[2] < x[1] ? "apart, intervals share no point" : "not apart, intervals overlap"];
 }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +35,7 @@ def add(
 
     Example: tmd-eval leaderboard add runs/tmd --name TMD-N2H2
     """
+    from leaderboard.errors import LeaderboardError
     from leaderboard.record import record_claims, record_latency, record_preferences, record_run
 
     def claims(db: str | None, path: Path) -> list[int]:
@@ -48,6 +47,8 @@ def add(
         ("report.json", claims),
     ):
         if run.name == file or (not (run / "config.yaml").is_file() and (run / file).is_file()):
+            if name is not None and record is not claims:
+                raise LeaderboardError(f"--name is for runs and reports; {file} names its rows itself.")
             rows = record(db, run)
             typer.echo(json.dumps({"rows": rows}) if as_json else f"{len(rows)} rows of {run}")
             return
@@ -164,8 +165,9 @@ def build(
     from leaderboard.errors import LeaderboardError
     from leaderboard.published import PUBLISHED_TITLE, import_published
     from leaderboard.site import build_site
+    from tmd_eval.provenance import command_line
 
-    command = shlex.join(["tmd-eval", *sys.argv[1:]])
+    command = command_line()
     if published:
         if db or row:
             raise LeaderboardError("--published takes no --db and no --row: it shows the shipped rows alone.")

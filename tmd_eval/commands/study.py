@@ -340,4 +340,6 @@ def _say(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def _command() -> str:
-    return shlex.join(["tmd-eval", *sys.argv[1:]])
+    from tmd_eval.provenance import command_line
+
+    return command_line()
