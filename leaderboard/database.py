@@ -76,7 +76,9 @@ def connect(db: str | None = None) -> Engine:
                 f"{without_password(address)!r} is neither an SQLite nor a PostgreSQL address; write a file's path."
             )
         engine = create_engine(url)
-    except (ArgumentError, NoSuchModuleError) as error:
+    except LeaderboardError:
+        raise
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:  # ValueError: a port that is no number
         shown = without_password(address)
         told = without_password(str(error))
         raise LeaderboardError(f"{shown!r} is not a database address ({told}); write a file's path.") from error

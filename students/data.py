@@ -54,6 +54,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.clips < 1:
             raise ConfigError(f"data.clips must be at least 1, not {self.clips}.")
+        if self.seed < 0:
+            raise ConfigError(f"data.seed must be at least 0, not {self.seed}.")
         if self.kind == "shards" and not self.folder:
             raise ConfigError("data.kind is shards: name the folder of shards in data.folder.")
         if self.kind == "micro" and self.folder:
@@ -110,7 +112,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         ConfigError: the folder is missing, unfinished or damaged.
     """
     try:
-        return json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text())
+        if not isinstance(index, dict) or not {"base_hash", "shards"} <= set(index):
+            raise ConfigError(f"{folder / INDEX} does not name a base model and shards; encode the data again.")
+        return index
     except FileNotFoundError:
         what = "is unfinished: it has no data.json" if folder.is_dir() else "does not exist"
         raise ConfigError(f"data folder {folder} {what}.") from None

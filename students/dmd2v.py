@@ -28,6 +28,7 @@ from students.losses import (
     vsd_loss,
 )
 from students.method import Batch, Cost, MethodKind, Shape, draw_noise, gate_metric, interpolate
+from students.parallel import together
 from students.plain import NEXT_POINT, plain_estimate, walk
 from students.times import HIGH, LOW, Shift, grid, sample_times
 
@@ -82,6 +83,10 @@ class DMD2VConfig:
             raise ConfigError(
                 f"The discriminator {self.discriminator!r} is unknown; choose one of {', '.join(DISCRIMINATORS)}."
             )
+        if self.discriminator_width is not None and self.discriminator_width < 1:
+            raise ConfigError(f"discriminator_width is {self.discriminator_width}; it must be at least 1, or null.")
+        if not self.discriminator_scales or min(self.discriminator_scales) < 1:
+            raise ConfigError(f"discriminator_scales are {self.discriminator_scales}; name whole numbers from 1 on.")
         if self.student_every < 2:
             raise ConfigError(f"student_every is {self.student_every}; from 2 on the fake score gets to move too.")
         for name in ("gan_weight", "r1_weight", "r1_sigma", "sigma_outer"):
@@ -271,10 +276,12 @@ def plain_sample(
         # One t for all samples of a pass: each then costs no more steps than it needs.
         i = int(torch.randint(1, config.m + 1, (1,), generator=generator, device=generator.device))
         points = config.outer_grid()[i:].tolist()
+        t = torch.full((len(x),), points[0], dtype=torch.float64, device=x.device)
         with torch.no_grad():
             start = draw_noise(x, generator)
             x_t = walk(student, start, text, points, config.sampler, lambda: draw_noise(x, generator))
-        t = torch.full((len(x),), points[0], dtype=torch.float64, device=x.device)
+            for _ in range(i - 1 if together(student) else 0):  # as many passes on every rank; these are thrown away
+                plain_estimate(student, start, t, text)
     else:
         t = config.outer_times(len(x), generator).to(x.device)
         x_t = interpolate(x, draw_noise(x, generator), t)

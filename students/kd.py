@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,7 +32,7 @@ from students.distributed import Ranks
 from students.errors import ConfigError
 from students.machine import home
 from students.method import Batch, Cost, MethodKind, Pairs, Shape
-from students.parallel import store_low
+from students.parallel import embed_time_in_full, store_low
 from students.plain import plain_estimate
 from students.sampling import VideoNoise, sample_teacher
 from students.times import grid
@@ -98,16 +98,21 @@ class TrajectoryShards:
         Raises:
             ConfigError: a shard is missing or damaged.
         """
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        self.count, self.size = index["count"], index["shard"]
-        self.times = torch.tensor(index["times"], dtype=torch.float64)
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            self.count, self.size = index["count"], index["shard"]
+            self.times = torch.tensor(index["times"], dtype=torch.float64)
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{folder / INDEX} is damaged; delete {folder} to make its trajectories again.") from None
         self.hash = hashlib.sha256(f"{index['key']} {texts.hash}".encode()).hexdigest()
         self._texts, self._seed = texts, seed
         self._order: tuple[tuple[int, int], Tensor] | None = None
         try:
             self._shards = [safe_open(path, "pt") for path in _paths(folder, self.count, self.size)]
-        except OSError as error:
-            raise ConfigError(f"{folder} lost a shard of trajectories ({error}); delete {folder / INDEX}.") from None
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{folder} lost a shard of trajectories, or has a damaged one ({error}); delete the folder."
+            ) from None
         noted = [(shard.metadata() or {}).get("seconds") for shard in self._shards]
         self.setup_seconds = sum(map(float, noted)) if all(noted) else None  # type: ignore[arg-type]
         """Seconds that the shards took to make, one after the other; None where an older version made them."""
@@ -148,46 +153,65 @@ def open_trajectories(config: KDConfig, base: Base, pairs: Pairs, ranks: Ranks, 
         progress: Show a bar on stderr.
     """
     folder, source = _folder(config, base, pairs)
-    if not (folder / INDEX).is_file():
+    if _lacking(ranks, [folder / INDEX]):
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder) if ranks.world == 1 else contextlib.nullcontext():
-            if ranks.world > 1 or not (folder / INDEX).is_file():
+        with _alone(folder) if ranks.main else contextlib.nullcontext():
+            ranks.barrier()  # the main rank holds the folder
+            if _lacking(ranks, [folder / INDEX]):
                 _fill(folder, source, config, base, pairs, ranks, progress)
     return TrajectoryShards(folder, pairs, config.trajectory_seed)
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder: another run of one process that wants the same trajectories waits for them to be made."""
+    """Hold the folder: another run that wants the same trajectories waits for them to be made."""
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _lacking(ranks: Ranks, paths: list[Path]) -> list[Path]:
+    """The files that some rank does not see: the same list on every rank."""
+    absent = ranks.largest([float(not path.is_file()) for path in paths])
+    return [path for path, lacks in zip(paths, absent, strict=True) if lacks]
 
 
 def _fill(
     folder: Path, source: dict[str, Any], config: KDConfig, base: Base, pairs: Pairs, ranks: Ranks, progress: bool
 ) -> None:
     size = source["shard"]
-    starts = range(0, config.trajectories, size)
-    paths = _paths(folder, config.trajectories, size)
-    missing = [(path, start) for path, start in zip(paths, starts, strict=True) if not path.exists()]
-    ranks.barrier()  # all look before the first one writes, so that they share the work alike
-    mine = missing[ranks.rank :: ranks.world]
+    starts = dict(zip(_paths(folder, config.trajectories, size), range(0, config.trajectories, size), strict=True))
+    mine = [(path, starts[path]) for path in _lacking(ranks, list(starts))[ranks.rank :: ranks.world]]
 
     def make() -> None:
+        negative = _negative(config, base, pairs) if mine else None
         if mine and torch.is_autocast_enabled(base.device.type):  # half the memory, as the trainer keeps teachers
             store_low(base.transformer)
+            embed_time_in_full(base.transformer, base.device)
         for path, start in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not progress):
             clock = time.perf_counter()
-            made = _trajectories(config, base, pairs, range(start, min(start + size, config.trajectories)))
+            numbers = range(start, min(start + size, config.trajectories))
+            made = _trajectories(config, base, pairs, numbers, negative)
             _write(path, made, seconds=time.perf_counter() - clock)
 
     ranks.agree(make)
     ranks.agree(lambda: _finish(folder, config, source) if ranks.main else None)
 
 
+def _negative(config: KDConfig, base: Base, pairs: Pairs) -> Tensor | None:
+    """The negative prompt's embedding as other methods get it: the data's own, or encoded in full precision."""
+    if config.guidance <= 1:
+        return None
+    stored: Tensor | None = getattr(pairs, "negative", None)
+    if stored is not None:
+        return stored
+    with torch.autocast(base.device.type, enabled=False):
+        return base.encode_prompts([base.negative_prompt])
+
+
 def _folder(config: KDConfig, base: Base, pairs: Pairs) -> tuple[Path, dict[str, Any]]:
     values = torch.Size(base.latent_shape).numel()
+    low = torch.is_autocast_enabled(base.device.type)
     source = {
         "base": base.hash,
         "data": pairs.hash,
@@ -197,7 +221,9 @@ def _folder(config: KDConfig, base: Base, pairs: Pairs) -> tuple[Path, dict[str,
         "guidance": config.guidance,
         "seed": config.trajectory_seed,
         "scheduler": {key: str(value) for key, value in sorted(dict(base.scheduler.config).items())},
-        "autocast": torch.is_autocast_enabled(base.device.type),
+        "autocast": low,
+        **({"time_embedder": "float32"} if low else {}),
+        **({"negative": base.negative_prompt} if config.guidance > 1 else {}),
         "shard": max(VALUES // values, 1),
     }
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:20]
@@ -217,11 +243,13 @@ def _finish(folder: Path, config: KDConfig, source: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _trajectories(config: KDConfig, base: Base, pairs: Pairs, numbers: range) -> dict[str, Tensor]:
+def _trajectories(
+    config: KDConfig, base: Base, pairs: Pairs, numbers: range, negative: Tensor | None
+) -> dict[str, Tensor]:
     """One shard, on the CPU: "times" of the kept points, and "points" with the end, (n, K + 1, C, T, H, W)."""
     part = slice(numbers.start, numbers.stop)
     text = pairs.draw(config.trajectory_seed, 1, config.trajectories, part).text.to(base.device)
-    negative = base.encode_prompts([base.negative_prompt]).to(text) if config.guidance > 1 else None
+    negative = None if negative is None else negative.to(text)
     seeds = [stream_seed(config.trajectory_seed, "trajectory noise", i) for i in numbers]
     noise = VideoNoise(seeds, base.latent_shape).draw().to(base.device)
     times: list[float] = []
@@ -286,7 +314,7 @@ class KD:
 
 
 def kd_setup_cost(config: KDConfig, shape: Shape) -> Cost:
-    """What all trajectories cost, once: M passes of the teacher, twice with guidance."""
+    """What all trajectories cost, once: as many passes of the teacher as it has steps, twice with guidance."""
     passes = config.teacher_steps * (2 if config.guidance > 1 else 1)
     return Cost(float(config.trajectories * passes * shape.blocks))
 

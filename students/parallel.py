@@ -88,7 +88,7 @@ def store_low(network: nn.Module) -> None:
 
 
 def embed_time_in_full(network: nn.Module, device: torch.device) -> None:
-    """Take time embedders out of autocast, which would round 1000 t and its sinusoids' products to bf16."""
+    """Take time embedders out of autocast, which would round the sinusoids of 1000 t to bf16 on their way in."""
     for module in network.modules():
         if isinstance(module, TimestepEmbedding):
             module.forward = torch.autocast(device.type, enabled=False)(module.forward)

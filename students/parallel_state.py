@@ -40,7 +40,7 @@ def optimiser_tree(optimiser: torch.optim.Optimizer, network: nn.Module) -> Tree
 
 
 def empty_optimiser_tree(network: nn.Module) -> Tree:
-    """AdamW's state for every parameter, to be read into."""
+    """AdamW's state for every parameter that moves, to be read into."""
     return {
         name: {
             "step": torch.zeros(()),
@@ -48,6 +48,7 @@ def empty_optimiser_tree(network: nn.Module) -> Tree:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
         for name, parameter in network.named_parameters()
+        if parameter.requires_grad
     }
 
 

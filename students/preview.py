@@ -42,16 +42,17 @@ class PreviewConfig:
 class Preview:
     """Draws the contact sheets of a run; nothing of it touches the run's random numbers or weights."""
 
-    def __init__(self, config: PreviewConfig, base: Base, data: Pairs):
+    def __init__(self, config: PreviewConfig, base: Base, data: Pairs, *, low: bool):
         """Take the first pairs of the data.
 
         Args:
             config: how many, and when.
             base: base model, for its VAE.
             data: where text embeddings come from, so that no text encoder is needed.
+            low: sample in bf16, as the run trains.
         """
         assert config.every is not None
-        self.config, self.base, self.every = config, base, config.every
+        self.config, self.base, self.every, self.low = config, base, config.every, low
         batch: Batch = data.draw(0, 1, config.count, slice(0, config.count))
         self.real, self.text = batch.latents, batch.text
 
@@ -66,7 +67,7 @@ class Preview:
         training = student.training
         checkpoint = Checkpoint("", "preview", "", self.base, spec, student.eval())
         latents = []
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.low):
             for row, text in enumerate(self.text.split(1)):
                 seed = stream_seed("preview", row)
                 latents.append(checkpoint.latents(text.to(device), text.to(device), [seed]))

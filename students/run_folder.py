@@ -64,7 +64,15 @@ def _check_same_run(out: Path, config: TrainConfig) -> None:
         raise ConfigError(
             f"{out} holds no run to resume (it has no config.yaml); choose another folder with --set out=..."
         )
-    old, new = flatten(yaml.safe_load(path.read_text(encoding="utf-8"))), flatten(config.tree())
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} is damaged; put the run's settings back, or start in another folder with --set out=..."
+        )
+    old, new = flatten(tree), flatten(config.tree())
     for name in sorted(set(old) | set(new)):
         if name not in FREE_ON_RESUME and old.get(name) != new.get(name):
             raise ConfigError(

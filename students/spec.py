@@ -106,8 +106,8 @@ class StudentSpec:
             ("fusion", self.fusion, (None,) if self.plain else FUSIONS),
             ("target", self.target, (None,) if self.plain else TARGETS),
             ("sampler", self.sampler, SAMPLERS[1:] if self.plain else SAMPLERS[:1]),
-            ("initial", self.initial, INITIAL),
-            ("time_precision", self.time_precision, TIME_PRECISIONS),
+            ("initial", self.initial, INITIAL if self.plain else INITIAL[:1]),
+            ("time_precision", self.time_precision, TIME_PRECISIONS if self.plain else TIME_PRECISIONS[:1]),
         ):
             if value not in known:
                 raise ConfigError(

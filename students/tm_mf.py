@@ -53,6 +53,7 @@ class TMMFConfig:
     def __post_init__(self) -> None:
         grid(self.m, self.gamma_outer)
         grid(self.n, self.gamma_inner)
+        Shift(gamma=self.gamma_s)
         for name in ("matching_share", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"TM-MF's {name} is {getattr(self, name)}; it is a share and lies in [0, 1].")

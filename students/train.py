@@ -137,7 +137,11 @@ class Run:
         )  # fmt: skip
         self._reader = ThreadPoolExecutor(1, "reader")
         self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
-        self.preview = Preview(config.preview, parts.base, self.data) if config.preview.every else None
+        self.preview = (
+            Preview(config.preview, parts.base, self.data, low=config.precision == "bf16")
+            if config.preview.every
+            else None
+        )
 
     def record(self) -> dict[str, Any]:
         """The plain values of a state: where the run is, and what it must go on with."""
@@ -146,6 +150,7 @@ class Run:
             "seconds": self.seconds,
             "data_hash": self.data.hash,
             "base_hash": self.parts.base.hash,
+            "parent_hash": self.parts.parent["hash"] if self.parts.parent else None,
             "threads": torch.get_num_threads(),
             "micro_batch": self.micro,
         }
@@ -156,16 +161,23 @@ class Run:
         Raises:
             ConfigError: it is damaged, or was made with other data, another base model or other passes.
         """
-        record = self.states.load(path, self._check)
+        record = self.states.load(path, lambda found: self.ranks.agree(lambda: self._check(found)))
         self.iteration, self.seconds = record["iteration"], record["seconds"]
         self.updates = Counter(name for i in range(1, self.iteration + 1) for name in self.method.turn(i))
 
     def _check(self, record: dict[str, Any]) -> None:
-        for key, now in (("data_hash", self.data.hash), ("base_hash", self.parts.base.hash)):
-            if record[key] != now:
+        if record["iteration"] > self.config.iterations:
+            raise ConfigError(
+                f"cannot resume {self.out}: it is at iteration {record['iteration']}, and iterations is "
+                f"{self.config.iterations}; raise it, or start in another folder with --set out=..."
+            )
+        ours = self.record()
+        for key in ("data_hash", "base_hash", "parent_hash"):  # the parent's is known where it was read: the main rank
+            then, now = record.get(key), ours[key]
+            if then and now and then != now:
                 what = key.removesuffix("_hash")
                 raise ConfigError(
-                    f"cannot resume {self.out}: its {what} had hash {record[key][:12]}, now it is {now[:12]}; "
+                    f"cannot resume {self.out}: its {what} had hash {then[:12]}, now it is {now[:12]}; "
                     "restore it, or start in another folder with --set out=..."
                 )
         if record.get("micro_batch", self.micro) != self.micro:

@@ -97,6 +97,27 @@ def test_backward_simulation_is_the_students_own_sampling(sampler: Any) -> None:
     assert met == {1, 2, 3}
 
 
+def test_backward_simulation_of_ranks_that_gather_runs_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass of a sharded student is a collective call, and ranks draw different numbers of steps."""
+    from students import dmd2v
+
+    config = PlainDMD2VConfig(m=3, backward_simulation=True)
+    student, text, x = tiny_transformer(), normal(2, TEXT_LENGTH, TEXT_WIDTH), normal(2, *SHAPE)
+
+    def passes(shared: bool) -> set[int]:
+        monkeypatch.setattr(dmd2v, "together", lambda network: shared)
+        counts = set()
+        for seed in range(12):
+            count: list[int] = []
+            handle = student.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+            plain_sample(student, x, text, seeded(seed), config)
+            handle.remove()
+            counts.add(len(count))
+        return counts
+
+    assert passes(False) == {1, 2, 3} and passes(True) == {3}
+
+
 def test_backward_simulation_has_a_gradient_through_its_last_step_only() -> None:
     student, text = tiny_transformer(), normal(1, TEXT_LENGTH, TEXT_WIDTH)
     seen: list[bool] = []
@@ -235,6 +256,24 @@ def test_trajectories_are_the_teachers_and_made_once(
     assert open_trajectories(config, base, pairs, Ranks("cpu"), False).hash == shards.hash
     with pytest.raises(TypeError):
         open_trajectories(replace(config, guidance=2.0), base, pairs, Ranks("cpu"), False)
+
+
+def test_damaged_trajectories_and_another_negative_prompt(world: dict[str, Any], tmp_path: Path) -> None:
+    base, pairs = pairs_of(world)
+    config = KDConfig(trajectories=2, teacher_steps=2, skip=1, guidance=3.0, cache=str(tmp_path))
+    open_trajectories(config, base, pairs, Ranks("cpu"), False)
+    base.negative_prompt = "blurred"
+    open_trajectories(config, base, pairs, Ranks("cpu"), False)
+    folder, _ = sorted(tmp_path.iterdir())  # a text of its own is another set
+    for folder in tmp_path.iterdir():
+        (shard,) = folder.glob("*.safetensors")
+        shard.write_bytes(shard.read_bytes()[:-50])
+    with pytest.raises(ConfigError, match=r"or has a damaged one .*delete the folder"):
+        open_trajectories(config, base, pairs, Ranks("cpu"), False)
+    for folder in tmp_path.iterdir():
+        (folder / INDEX).write_text("{}")
+    with pytest.raises(ConfigError, match="is damaged; delete"):
+        open_trajectories(config, base, pairs, Ranks("cpu"), False)
 
 
 def test_two_runs_that_want_the_same_trajectories_make_them_once(

@@ -162,6 +162,17 @@ def test_resuming_on_more_ranks(world: dict[str, Any], alone: dict[str, Path], t
         run(make(world, out, OFTEN, iterations=5, micro_batch=2), resume=True)
 
 
+def test_resuming_with_parameters_that_never_move(world: dict[str, Any], tmp_path: Path) -> None:
+    """TM instead of TM-MF leaves the embedding of s - r alone, so Adam has no moments of it."""
+    settings = {"micro_batch": 1, "method__matching_share": 1.0}
+    run(make(world, tmp_path / "one", iterations=3, **settings))
+    out = tmp_path / "run"
+    in_ranks(2, run, make(world, out, iterations=2, **settings, **SHARDED))
+    shutil.rmtree(out / "checkpoint")
+    in_ranks(2, run, make(world, out, iterations=3, **settings, **SHARDED), True)
+    check(out, tmp_path / "one")
+
+
 def test_resuming_where_nothing_divides(world: dict[str, Any], tmp_path: Path) -> None:
     """2 ranks, then 3: parts of other sizes, one network's moments not there yet; the end is one process's."""
     settings = {"batch": 6, "micro_batch": 1}

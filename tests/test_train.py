@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,6 +326,36 @@ def test_damaged_state_and_foreign_data(world: dict[str, Any], tmp_path: Path) -
     state.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"00000002\.pt is damaged .*delete it to go on from an earlier one"):
         train(make(world, out, iterations=3), resume=True, progress=False)
+
+
+def test_a_run_goes_on_with_its_own_parent_and_never_backwards(world: dict[str, Any], tmp_path: Path) -> None:
+    parent, out = tmp_path / "one", tmp_path / "two"
+    train(make(world, parent), progress=False)
+    train(make(world, out, STAGE2, parent=str(parent / "checkpoint")), progress=False)
+    shutil.rmtree(out / "checkpoint")
+    with pytest.raises(ConfigError, match="it is at iteration 2, and iterations is 1; raise it"):
+        train(make(world, out, STAGE2, parent=str(parent / "checkpoint"), iterations=1), resume=True, progress=False)
+    shutil.rmtree(parent)
+    train(make(world, parent, seed=9), progress=False)  # another student where the parent was
+    with pytest.raises(ConfigError, match="its parent had hash"):
+        train(make(world, out, STAGE2, parent=str(parent / "checkpoint")), resume=True, progress=False)
+    (out / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
+        train(make(world, out, STAGE2, parent=str(parent / "checkpoint")), resume=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data__seed": -1}, "data.seed must be at least 0"),
+        ({"method__gamma_s": 0.0}, "gamma is 0.0; it must be above 0"),
+    ],
+)
+def test_settings_that_would_break_later_are_refused_at_once(
+    world: dict[str, Any], tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        make(world, tmp_path / "run", **changes)
 
 
 def test_parent_must_have_the_same_shape(world: dict[str, Any], tmp_path: Path) -> None:
