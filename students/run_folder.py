@@ -17,12 +17,13 @@ from students.spec import StudentSpec
 
 FREE_ON_RESUME = frozenset(
     {
-        "out", "iterations", "save_every", "keep", "keep_every", "log_every", "device", "data.cache", "wandb",
+        "out", "parent", "iterations", "save_every", "keep", "keep_every", "log_every", "device", "data.cache", "wandb",
         "parallel.shard", "parallel.shard_ranks", "parallel.context", "parallel.compile", "parallel.checkpoint_head",
         "preview.every", "preview.count", "preview.decode",
     }
 )  # fmt: skip
-"""Settings that a resumed run may change; with any other the result would be neither run's."""
+"""Settings that a resumed run may change; with any other the result would be neither run's. The parent may lie
+elsewhere: that it is the same one, its hash in the state tells."""
 
 
 def prepare(out: Path, config: TrainConfig, resume: bool) -> None:

@@ -172,12 +172,14 @@ class Run:
                 f"{self.config.iterations}; raise it, or start in another folder with --set out=..."
             )
         ours = self.record()
-        for key in ("data_hash", "base_hash", "parent_hash"):  # the parent's is known where it was read: the main rank
-            then, now = record.get(key), ours[key]
-            if then and now and then != now:
+        keys = ["data_hash", "base_hash"]
+        keys += ["parent_hash"] if self.ranks.main and "parent_hash" in record else []  # it read the parent
+        for key in keys:
+            then, now = record[key], ours[key]
+            if then != now:
                 what = key.removesuffix("_hash")
                 raise ConfigError(
-                    f"cannot resume {self.out}: its {what} had hash {then[:12]}, now it is {now[:12]}; "
+                    f"cannot resume {self.out}: its {what} had hash {str(then)[:12]}, now it is {str(now)[:12]}; "
                     "restore it, or start in another folder with --set out=..."
                 )
         if record.get("micro_batch", self.micro) != self.micro:

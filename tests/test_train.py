@@ -335,6 +335,9 @@ def test_a_run_goes_on_with_its_own_parent_and_never_backwards(world: dict[str, 
     shutil.rmtree(out / "checkpoint")
     with pytest.raises(ConfigError, match="it is at iteration 2, and iterations is 1; raise it"):
         train(make(world, out, STAGE2, parent=str(parent / "checkpoint"), iterations=1), resume=True, progress=False)
+    shutil.copytree(parent, tmp_path / "moved")  # the same parent elsewhere will do
+    assert train(make(world, out, STAGE2, parent=str(tmp_path / "moved" / "checkpoint")), resume=True, progress=False)
+    shutil.rmtree(out / "checkpoint")
     shutil.rmtree(parent)
     train(make(world, parent, seed=9), progress=False)  # another student where the parent was
     with pytest.raises(ConfigError, match="its parent had hash"):

@@ -100,7 +100,7 @@ def _train(out: Path, job: Job, command: str) -> None:
 
     config = resolve([Layer("experiment", flatten(job.spec["config"]))])
     parent = job.spec["parent"]
-    place = out.resolve()  # a resumed training must not be told apart by the spelling of its parent
+    place = out.resolve()  # checkpoints record where their parent lies
     config = replace(
         config, out=str(store.folder(place, job)), parent=config.parent if parent is None else str(place / parent)
     )
