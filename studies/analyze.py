@@ -121,9 +121,9 @@ def analyze_study(
             log = session.scalars(select(Audit).where(Audit.study_id == study.id).order_by(Audit.id)).all()
             models = [line.detail["command"] for line in log if line.action == "simulated"]
             audit = [
-                {"at": line.at.isoformat(timespec="seconds"), "action": line.action, "command": line.detail["command"]}
+                {"at": line.at.isoformat(timespec="seconds"), "action": line.action, "command": said}
                 for line in log
-                if "command" in line.detail
+                if (said := line.detail.get("command") or (line.action == "created" and sealed.command))
             ]
     finally:
         database.close()
@@ -138,6 +138,9 @@ def analyze_study(
     preferences = {**head, "results": leading}
     extra = {
         "unblinded": None if unblinded is None else unblinded.isoformat(timespec="seconds"),
+        "votes_after_unblinding": sum(
+            answer.kind == "main" and unblinded is not None and answer.created > unblinded for answer in answers
+        ),
         "simulated_by": models,
         "exclusion_rules": asdict(sealed.rules),
         "design": {key: value for key, value in sealed.design.items() if key not in ("exclusions", "prompts")},
@@ -149,11 +152,12 @@ def analyze_study(
         preferences, analysis, seeds=[sealed.design["seed"]], device=device, packages=packages or {}, audit=audit
     )
     write_json(out / "report.json", report)
-    for ending, data in draw(preferences).items():
+    figures = draw(preferences)
+    for ending, data in figures.items():
         write_atomic(out / f"preferences.{ending}", data)
     text = markdown(preferences, {**analysis, **extra})
     write_atomic(out / "report.md", text)
-    write_atomic(out / "index.html", page(text, title=f"Preference study {folder.name}"))
+    write_atomic(out / "index.html", page(text, title=f"Preference study {folder.name}", figure=figures["svg"]))
     if record:
         record_preferences(db, out / "preferences.json")
     return preferences
@@ -203,7 +207,8 @@ def _named(fitted: dict[str, Any], sealed: Sealed) -> dict[str, Any]:
 
 SMALL_NOTE = (
     f"Small design (below {LARGE['prompts']} prompts, {LARGE['votes']} votes or {LARGE['raters']} raters a pair): the "
-    "clustered test may reject too often (it is anti-conservative with few clusters), so the prompt-level permutation "
-    "leads."
+    "clustered test may reject too often (it is anti-conservative with few clusters), and the prompt-level permutation "
+    "does not see that raters differ. The larger of both p-values leads, with the wider ends of the clustered and the "
+    "two-way bootstrap interval."
 )
 """What every output of a small study says."""

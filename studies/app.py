@@ -187,7 +187,10 @@ def build_app(server: Server) -> FastAPI:
             folder.keys["cookies"], request.cookies.get(identity.cookie_name(folder.schedule_hash))
         )
         if given is not None:
-            key_hash = identity.rater_hash(folder.keys["raters"], folder.name, given)
+            try:
+                key_hash = identity.rater_hash(folder.keys["raters"], folder.name, given)
+            except UnicodeEncodeError as error:  # half of a character: no platform's id
+                raise Refused(422, "malformed") from error
         elif folder.serving.platform != "none":
             return {"stage": "unknown"}
         elif key_hash is None:

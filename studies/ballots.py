@@ -1,7 +1,8 @@
 """Who votes on what: joining, leasing a sheet in one transaction, the trial that is open, withdrawal.
 
 A sheet belongs to the rater who leased it. A rater who stays silent past the lease keeps the sheet until a newcomer
-finds no fresh one; then the newcomer takes over what is unanswered.
+finds no fresh one; then the newcomer takes over what is unanswered. A rater is finished, and gets the completion code,
+once the own sheet is answered; one who lost it, only once no other is left to go on with.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Standing:
     total: int
     """Trials of the sheet, practice left out."""
     finished: bool
-    """Whether all is answered."""
+    """Whether this rater has nothing left to do, now or later."""
 
 
 def find_rater(session: Session, study_id: int, key_hash: str, *, lock: bool = False) -> Rater | None:
@@ -55,13 +56,12 @@ def standing(session: Session, rater: Rater, now: datetime, lease: timedelta) ->
         now: the time.
         lease: how long a silent rater keeps a sheet for sure.
     """
-    sheet = session.scalars(
-        select(Sheet).where(Sheet.rater_id == rater.id).order_by(Sheet.finished, Sheet.id.desc()).limit(1)
-    ).one_or_none()
-    if sheet is None or (sheet.finished and rater.finished is None):
-        sheet = _lease(session, rater, now)
+    if rater.finished is not None:
+        return Standing(trial=None, done=0, total=0, finished=True)
+    own = select(Sheet).where(Sheet.rater_id == rater.id).order_by(Sheet.finished, Sheet.id.desc()).limit(1)
+    sheet = session.scalars(own.with_for_update()).one_or_none() or _lease(session, rater, now)
     if sheet is None:
-        if rater.finished is None and _votes(session, rater):  # others did the rest while this rater was away
+        if _main_votes(session, rater) and not _open_sheets(session, rater):  # others did the rest
             rater.finished = now
         return Standing(trial=None, done=0, total=0, finished=rater.finished is not None)
     if rater.first_question is None:
@@ -77,7 +77,7 @@ def standing(session: Session, rater: Rater, now: datetime, lease: timedelta) ->
     first = next((row[0] for row in trials if row[2] is None), None)
     if first is None:
         sheet.finished = True
-        rater.finished = rater.finished or now
+        rater.finished = now
         return Standing(trial=None, done=done, total=len(mine), finished=True)
     sheet.lease_until = now + lease
     trial = session.get_one(Trial, first)
@@ -107,53 +107,65 @@ def _votes(session: Session, rater: Rater) -> int:
     return session.scalar(select(func.count()).select_from(Vote).where(Vote.rater_id == rater.id)) or 0
 
 
+def _main_votes(session: Session, rater: Rater) -> list[str | None]:
+    """The items that the rater has voted on."""
+    query = select(Trial.item).join(Vote, Vote.trial_id == Trial.id)
+    return list(session.scalars(query.where(Vote.rater_id == rater.id, Trial.kind == "main")))
+
+
+def _open_sheets(session: Session, rater: Rater) -> bool:
+    query = select(Sheet.id).where(Sheet.study_id == rater.study_id, Sheet.finished.is_(False))
+    return session.scalars(query.limit(1)).first() is not None
+
+
 def _lease(session: Session, rater: Rater, now: datetime) -> Sheet | None:
-    """A fresh sheet, else the rest of an expired one that shows this rater nothing twice."""
-    mine = select(Sheet).where(Sheet.study_id == rater.study_id, Sheet.finished.is_(False))
-    seen = set(
-        session.scalars(
-            select(Trial.item)
-            .join(Vote, Vote.trial_id == Trial.id)
-            .where(Vote.rater_id == rater.id, Trial.kind == "main")
-        )
+    """A fresh sheet, else the rest of an expired one, that shows this rater no item twice.
+
+    One row is locked at a time: other raters find the rest free.
+    """
+    seen = _main_votes(session, rater)
+    twice = select(Trial.id).where(
+        Trial.sheet_id == Sheet.id, Trial.kind == "main", Trial.item.in_(seen), Trial.id.not_in(select(Vote.trial_id))
     )
-    fresh = mine.where(Sheet.rater_id.is_(None)).order_by(Sheet.number)
-    expired = mine.where(Sheet.rater_id.is_not(None), Sheet.rater_id != rater.id, Sheet.lease_until <= now)
-    for query in (fresh, expired.order_by(Sheet.lease_until, Sheet.number)):
-        if not seen:
-            query = query.limit(1)
-        for sheet in session.scalars(query.with_for_update(skip_locked=True)):
-            if sheet.rater_id is not None or seen:
-                left = _unanswered(session, sheet)
-                if seen & {trial.item for trial in left if trial.kind == "main"}:
-                    continue
-                if sheet.rater_id is not None:
-                    _take_over(session, sheet, left, rater, now)
-            sheet.rater_id = rater.id
-            return sheet
+    free = select(Sheet).where(Sheet.study_id == rater.study_id, Sheet.finished.is_(False))
+    if seen:
+        free = free.where(~twice.exists())
+    fresh = free.where(Sheet.rater_id.is_(None)).order_by(Sheet.number)
+    expired = free.where(Sheet.rater_id.is_not(None), Sheet.lease_until <= now).order_by(
+        Sheet.lease_until, Sheet.number
+    )
+    for query in (fresh, expired):
+        while sheet := session.scalars(query.limit(1).with_for_update(skip_locked=True)).one_or_none():
+            if sheet.rater_id is None or _take_over(session, sheet, rater, now):
+                sheet.rater_id = rater.id
+                return sheet
     return None
 
 
-def _unanswered(session: Session, sheet: Sheet) -> list[Trial]:
+def _take_over(session: Session, sheet: Sheet, rater: Rater, now: datetime) -> bool:
+    """Prepare a sheet's rest for a newcomer: practice anew, repeats of what another saw skipped.
+
+    Returns:
+        False where no main trial was left: the sheet is closed then, and nobody needs to go on with it.
+    """
     answered = select(Vote.trial_id)
-    query = select(Trial).where(Trial.sheet_id == sheet.id, Trial.voided.is_(False), Trial.id.not_in(answered))
-    return list(session.scalars(query.order_by(Trial.position)))
-
-
-def _take_over(session: Session, sheet: Sheet, left: list[Trial], rater: Rater, now: datetime) -> None:
-    """Prepare a sheet's rest for a newcomer: practice anew, repeats of what another saw skipped."""
+    rest = select(Trial).where(Trial.sheet_id == sheet.id, Trial.voided.is_(False), Trial.id.not_in(answered))
+    left = list(session.scalars(rest.order_by(Trial.position)))
     waiting = {trial.position for trial in left}
-    practice = session.scalars(
-        select(Trial).where(Trial.sheet_id == sheet.id, Trial.kind == "practice").order_by(Trial.position)
-    ).all()
-    lowest = min((trial.position for trial in practice), default=0)
-    again = [trial for trial in practice if trial.position >= 0 and trial.position not in waiting]
-    for place, trial in enumerate(again):
-        copied = ("sheet_id", "kind", "prompt", "left", "right", "seed_left", "seed_right", "answers")
-        values = {name: getattr(trial, name) for name in copied}
-        session.add(Trial(position=lowest - len(again) + place, **values))
+    going_on = any(trial.kind == "main" for trial in left)
     for trial in left:
-        if trial.repeat_of is not None and trial.repeat_of not in waiting:
-            trial.voided = True
-    detail = {"sheet": sheet.number, "trials": len(left), "rater": rater.key_hash[:12]}
-    session.add(Audit(study_id=sheet.study_id, at=now, action="taken over", detail=detail))
+        half = trial.repeat_of is not None and trial.repeat_of not in waiting
+        trial.voided = half or trial.kind == "practice" or not going_on
+    if going_on:
+        practice = select(Trial).where(Trial.sheet_id == sheet.id, Trial.kind == "practice").order_by(Trial.position)
+        every = session.scalars(practice).all()
+        first = [trial for trial in every if trial.position >= 0]
+        lowest = min((trial.position for trial in every), default=0)
+        for place, trial in enumerate(first, lowest - len(first)):  # before all that was practised here so far
+            copied = ("sheet_id", "kind", "prompt", "left", "right", "answers")
+            session.add(Trial(position=place, **{name: getattr(trial, name) for name in copied}))
+    sheet.finished = not going_on
+    detail = {"sheet": sheet.number, "trials": len(left) * going_on, "rater": rater.key_hash[:12]}
+    session.add(Audit(study_id=sheet.study_id, at=now, action="taken over" if going_on else "closed", detail=detail))
+    session.flush()
+    return going_on

@@ -105,16 +105,15 @@ def encode(frames: np.ndarray, fps: Fraction, scale: int) -> bytes:
     return buffer.getvalue()
 
 
-def make_clip(source: Path, target: Path, shape: Shape, *, spoiled: bool = False) -> str:
-    """Re-encode one clip of a set; an existing target is kept, for its name stands for its content.
+def digest_of(source: Path) -> str:
+    """SHA-256 of a source file."""
+    return hashlib.sha256(source.read_bytes()).hexdigest()
 
-    Returns:
-        SHA-256 of the source.
-    """
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+
+def make_clip(source: Path, target: Path, shape: Shape, *, spoiled: bool = False) -> None:
+    """Re-encode one clip of a set; an existing target is kept, so its name must stand for source and shape."""
     if not target.is_file():
         frames = read_frames(source, shape)
         if spoiled:
-            frames = spoil(frames, int(digest[:8], 16))
+            frames = spoil(frames, int(digest_of(source)[:8], 16))
         write_atomic(target, encode(frames, shape.fps, scale_of(shape)))
-    return digest

@@ -21,8 +21,37 @@ LARGE = {"prompts": 60, "votes": 600, "raters": 30}
 may fall short by a tenth, so that a few excluded raters do not change the method."""
 SHORTFALL = 0.9
 LOGIT = "logit clustered by prompt and rater, with a side term; t interval"
-PERMUTATION = "prompt-level sign-flip permutation; two-way bootstrap interval (small design)"
-SEPARATED = "all votes on a side agree: prompt-level sign-flip permutation; Clopper-Pearson on the clusters"
+CAUTIOUS = (
+    "larger p of the logit clustered by prompt and rater and of the prompt-level sign-flip permutation; wider ends of "
+    "the clustered and the two-way bootstrap interval (small design)"
+)
+SEPARATED = (
+    "all votes on a side agree: larger p of the sign-flip permutations of prompts and of raters; Clopper-Pearson on "
+    "the clusters"
+)
+
+
+def is_small(*, prompts: int, votes: int, raters: int) -> bool:
+    """Whether a pair's study is too small for the clustered test alone; see :data:`LARGE`."""
+    return prompts < LARGE["prompts"] or votes < SHORTFALL * LARGE["votes"] or raters < SHORTFALL * LARGE["raters"]
+
+
+def headline_p(clustered: float | None, permutation: float, y: Floats, raters: Ints, *, small: bool) -> float:
+    """The p-value that leads.
+
+    In small studies neither test is enough: with few clusters the clustered one rejects too often, and flipping prompts
+    takes no notice of raters who lean alike on all of them.
+
+    Args:
+        clustered: of the clustered logit; None where it has no finite fit.
+        permutation: of the prompt-level sign-flip.
+        y: outcomes, shape (n,).
+        raters: rater of each vote.
+        small: from :func:`is_small`.
+    """
+    if clustered is None:
+        return max(permutation, sign_flip(y, raters))
+    return max(clustered, permutation) if small else clustered
 
 
 def arrays(answers: Sequence[Answered], question: int) -> dict[str, Any]:
@@ -57,7 +86,7 @@ def estimate(y: Floats, side: Floats, prompts: Ints, raters: Ints, *, draws: int
     n, wins = len(y), float(y.sum())
     rate = wins / n
     sizes = {"prompts": len(np.unique(prompts)), "votes": n, "raters": len(np.unique(raters))}
-    small = sizes["prompts"] < LARGE["prompts"] or any(sizes[k] < SHORTFALL * LARGE[k] for k in ("votes", "raters"))
+    small = is_small(**sizes)
     balanced = len(np.unique(side)) > 1
     columns = [np.ones(n), side] if balanced else [np.ones(n)]
     fit = clustered_logit(y, np.column_stack(columns), prompts, raters)
@@ -70,20 +99,22 @@ def estimate(y: Floats, side: Floats, prompts: Ints, raters: Ints, *, draws: int
             side_effect = dict(zip(("log_odds", "low", "high", "p_value"), lean, strict=True))
     permutation = sign_flip(y, prompts, draws=2 * draws + 1)
     bootstrap = two_way_bootstrap(y, prompts, raters, draws=draws)
-    lead: dict[str, Any] = {"value": rate, "p_value": permutation}
+    p_value = headline_p(None if logit is None else logit["p_value"], permutation, y, raters, small=small)
+    lead: dict[str, Any] = {"value": rate, "p_value": p_value}
     if logit is None:
         clusters = min(sizes["prompts"], sizes["raters"])
         low, high = clopper_pearson(rate * clusters, clusters)
         lead |= {"low": low, "high": high, "method": SEPARATED}
     elif small:
-        lead |= {"low": bootstrap[0], "high": bootstrap[1], "method": PERMUTATION}
+        low, high = min(bootstrap[0], logit["low"]), max(bootstrap[1], logit["high"])
+        lead |= {"low": low, "high": high, "method": CAUTIOUS}
     else:
         lead = {**logit, "method": LOGIT}
-    plain = float(stats.binomtest(round(wins), n).pvalue)
-    ties = int(np.sum(y == 0.5))
+    wins_a, wins_b = int(np.sum(y == 1)), int(np.sum(y == 0))
+    plain = float(stats.binomtest(wins_a, wins_a + wins_b).pvalue) if wins_a + wins_b else 1.0  # the sign test: no ties
     return {
         **lead,
-        "wins_a": int(np.sum(y == 1)), "wins_b": int(np.sum(y == 0)), "ties": ties,
+        "wins_a": wins_a, "wins_b": wins_b, "ties": int(np.sum(y == 0.5)),
         "n_votes": n, "n_prompts": sizes["prompts"], "n_raters": sizes["raters"], "small_design": small,
         "rate": rate, "wilson": wilson(wins, n), "clopper_pearson": clopper_pearson(wins, n),
         "plain_binomial_p": plain, "logit": logit, "permutation_p": permutation, "bootstrap": bootstrap,

@@ -1,13 +1,15 @@
 """``study create``: from video sets to a study folder and its rows in the database.
 
 ``STUDY/study.json`` is what serving needs and names no model; ``STUDY/sealed.json`` is the whole schedule with the
-models, hashed; ``STUDY/secret.json`` holds the keys; ``STUDY/clips/`` the clips under random names.
+models, hashed, and the command; ``STUDY/secret.json`` holds the keys; ``STUDY/clips/`` the clips under random names,
+made in a random order, so that neither names nor times of the files tell the models apart.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import random
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import insert, select
 
-from studies.clips import make_clip, scale_of
+from studies.clips import digest_of, make_clip, scale_of
 from studies.database import Database
 from studies.design import Design, draw_prompts
 from studies.errors import StudyError
@@ -26,6 +28,7 @@ from studies.models import Audit, Sheet, Study, Trial
 from studies.schedule import ClipRef, build_schedule, schedule_hash
 from studies.schedule import Sheet as PlannedSheet
 from studies.serving import Serving
+from studies.texts import load_texts
 from studies.video_sets import VideoSet, common_prompts, common_shape, probe, read_set
 
 Progress = Callable[[Sequence[ClipRef]], Iterable[ClipRef]]
@@ -70,8 +73,14 @@ def plan_study(
         conform: see :func:`common_shape`.
 
     Raises:
-        StudyError: the design or a set is bad; the sentence says how to mend it.
+        StudyError: the design, a set, or what the page needs is bad; the sentence says how to mend it.
     """
+    serving = serving or Serving()
+    load_texts(serving.language)
+    if serving.platform == "mturk" and not serving.completion_code:
+        raise StudyError(
+            "MTurk's workers hand in a code in the HIT that led them here; give one with --completion-code."
+        )
     sets = tuple(read_set(name, folder) for name, folder in videos.items())
     if len(sets) < 2:
         raise StudyError("A study compares two or more video sets; give --videos NAME=FOLDER for each.")
@@ -86,17 +95,19 @@ def plan_study(
                 raise StudyError(f"The sets do not all have {seeds} videos of the prompt {prompt[:80]!r}; take it out.")
     design = Design(models=tuple(videos), prompts=drawn, **settings)
     sheets = build_schedule(design, [prompt for prompt in common if prompt not in set(drawn)])
-    return Plan(design=design, sets=sets, sheets=sheets, serving=serving or Serving(), conform=conform)
+    return Plan(design=design, sets=sets, sheets=sheets, serving=serving, conform=conform)
 
 
 def create_study(plan: Plan, out: Path, db: str | None, *, command: str, progress: Progress = iter) -> dict[str, Any]:
-    """Encode the clips, seal the schedule and enter the study into the database; the same command again resumes.
+    """Encode the clips, seal the schedule and enter the study into the database.
+
+    The same command again resumes, or makes lost clips anew; what ``serving`` says then replaces what study.json said.
 
     Args:
         plan: from :func:`plan_study`.
         out: the study's folder.
         db: database URL or path.
-        command: the command line, for the audit log.
+        command: the command line; it goes into the sealed schedule, since it names the models in order.
         progress: wraps the clips while they are encoded.
 
     Returns:
@@ -119,25 +130,35 @@ def create_study(plan: Plan, out: Path, db: str | None, *, command: str, progres
         )
         (out / "clips").mkdir(parents=True, exist_ok=True)
         keys = _keys(out)
-        names = {clip: _name(keys["clips"], clip, str(shape)) for clip in sources}
+        names: dict[ClipRef, str] = {}
         facts: dict[str, Any] = {}
-        for clip in progress(list(sources)):
-            digest = make_clip(sources[clip], out / "clips" / names[clip], shape, spoiled=clip.corrupted)
+        order = list(sources)
+        random.Random(keys["clips"]).shuffle(order)
+        for clip in progress(order):
+            digest = digest_of(sources[clip])
+            names[clip] = _name(keys["clips"], clip, str(shape), digest)
+            make_clip(sources[clip], out / "clips" / names[clip], shape, spoiled=clip.corrupted)
             facts[names[clip]] = {**asdict(clip), "seed": _seed(plan, clip), "source_sha256": digest}
         digest = schedule_hash(design, plan.sheets, facts)
         if known is not None and known != digest:
-            raise StudyError(f"{out} holds another study (schedule {known[:12]}); choose another --out.")
+            raise StudyError(
+                f"{out} holds another study (schedule {known[:12]}), or one that another version of tmd-eval laid out; "
+                "choose another --out."
+            )
         created = datetime.now(UTC)
         models = [{"name": item.name, "checkpoint_hash": item.checkpoint_hash} for item in plan.sets]
         if known is None:
             sealed = {
                 "schedule_hash": digest, "design": asdict(design), "models": models, "clips": facts,
-                "sheets": [asdict(sheet) for sheet in plan.sheets],
+                "sheets": [asdict(sheet) for sheet in plan.sheets], "command": command,
             }  # fmt: skip
             write_json(out / "sealed.json", sealed, private=True)
             write_json(out / "study.json", _public(plan, digest, created, shape))
+        else:
+            public = read_json(out / "study.json", "study")
+            write_json(out / "study.json", {**public, "serving": asdict(plan.serving)})
         if taken is None:
-            _enter(database, plan, digest, created, names, command)
+            _enter(database, plan, digest, created, names)
     finally:
         database.close()
     return {
@@ -163,8 +184,9 @@ def _keys(out: Path) -> dict[str, str]:
     return dict(read_json(path, "keys of the study"))
 
 
-def _name(key: str, clip: ClipRef, shape: str) -> str:
-    text = json.dumps([asdict(clip), shape], sort_keys=True)
+def _name(key: str, clip: ClipRef, shape: str, digest: str) -> str:
+    """A clip's random name: another source, or another shape, has another."""
+    text = json.dumps([asdict(clip), shape, digest], sort_keys=True)
     return hmac.new(bytes.fromhex(key), text.encode(), "sha256").hexdigest()[:32] + ".mp4"
 
 
@@ -193,10 +215,8 @@ def _public(plan: Plan, digest: str, created: datetime, shape: Any) -> dict[str,
     }
 
 
-def _enter(
-    database: Database, plan: Plan, digest: str, created: datetime, names: Mapping[ClipRef, str], command: str
-) -> None:
-    """Write the study, its sheets and trials in one transaction."""
+def _enter(database: Database, plan: Plan, digest: str, created: datetime, names: Mapping[ClipRef, str]) -> None:
+    """Write the study, its sheets and trials in one transaction; nothing in it names a model."""
     with database.writing() as session:
         study = Study(name=plan.design.name, schedule_hash=digest, created=created)
         session.add(study)
@@ -212,12 +232,11 @@ def _enter(
                 "sheet_id": row.id, "position": position, "kind": trial.kind, "prompt": trial.prompt,
                 "item": None if trial.kind != "main" else f"{trial.pair}:{plan.design.prompts.index(trial.prompt)}",
                 "left": names[trial.left], "right": names[trial.right],
-                "seed_left": _seed(plan, trial.left), "seed_right": _seed(plan, trial.right),
                 "answers": list(trial.answers), "repeat_of": trial.repeat_of,
             }
             for row, sheet in zip(sheets, plan.sheets, strict=True)
             for position, trial in enumerate(sheet.trials)
         ]  # fmt: skip
         session.execute(insert(Trial), rows)
-        detail = {"command": command, "schedule_hash": digest, "votes": plan.design.votes}
+        detail = {"schedule_hash": digest, "votes": plan.design.votes}
         session.add(Audit(study_id=study.id, at=created, action="created", detail=detail))

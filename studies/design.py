@@ -63,7 +63,7 @@ class Design:
     trials_per_rater: int = 20
     """Trials of one rater, catch trials included, practice not."""
     catch_share: float = 0.1
-    """Share of catch trials: obvious ones, swapped repeats and identical clips."""
+    """Share of catch trials: two obvious ones, then swapped repeats and identical clips in turn."""
     practice_trials: int = 2
     """Practice trials, 0 to 2: a corrupted clip, then a clip of another prompt; answered with feedback."""
     allow_ties: bool = False

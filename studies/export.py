@@ -6,6 +6,8 @@ that is right because of a model.
 
 from __future__ import annotations
 
+import secrets
+import sqlite3
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from studies.database import Database, find_study
 from studies.design import QUESTIONS
-from studies.errors import NotEnoughVotesError, SealedError
+from studies.errors import DatabaseUnusableError, NotEnoughVotesError, SealedError, StudyError
 from studies.files import write_atomic
 from studies.models import Audit, Rater, Sheet, Study, Trial, Vote
 from studies.serving import StudyFolder
@@ -41,11 +43,15 @@ def export_study(
     Raises:
         NotEnoughVotesError: there are no votes.
         SealedError: a backup of a blind study was asked for.
+        StudyError: a backup of PostgreSQL, or one over the database itself, was asked for.
     """
     import pandas as pd
 
     database = Database(db)
+    copy = out / "votes.db"
     try:
+        if backup:
+            _may_back_up(database, copy)
         with database.writing() as session:
             study = find_study(session, folder.name, folder.schedule_hash, database.shown)
             blind = study.unblinded is None
@@ -66,14 +72,45 @@ def export_study(
         for name, data in files.items():
             write_atomic(out / name, data)
         if backup:
-            target = out / "votes.db"
-            target.unlink(missing_ok=True)
-            with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                connection.rollback()
-                connection.connection.driver_connection.execute("VACUUM INTO ?", (str(target),))  # type: ignore[union-attr]
+            _back_up(database, copy)
     finally:
         database.close()
-    return {"rows": len(rows), "blind": blind, "files": [str(out / name) for name in (*files, *["votes.db"] * backup)]}
+    return {"rows": len(rows), "blind": blind, "files": [str(out / name) for name in (*files, *[copy.name] * backup)]}
+
+
+def _may_back_up(database: Database, copy: Path) -> None:
+    """Refuse before anything is written.
+
+    Raises:
+        StudyError: it is no SQLite database, or the copy would take its place.
+    """
+    if not database.sqlite:
+        raise StudyError(
+            f"--backup copies SQLite databases only; copy {database.shown} with pg_dump, and export without."
+        )
+    own = Path(database.engine.url.database or "")
+    if own.resolve() == copy.resolve() or (copy.exists() and own.exists() and own.samefile(copy)):
+        raise StudyError(f"The backup would take the place of the database {own} itself; choose another --out.")
+
+
+def _back_up(database: Database, copy: Path) -> None:
+    """Copy the database under a temporary name and rename it into place.
+
+    Raises:
+        DatabaseUnusableError: it cannot be read, or there is no space.
+    """
+    temporary = copy.parent / f".tmp-{secrets.token_hex(8)}"
+    try:
+        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.rollback()
+            connection.connection.driver_connection.execute("VACUUM INTO ?", (str(temporary),))  # type: ignore[union-attr]
+        temporary.replace(copy)
+    except sqlite3.Error as error:
+        raise DatabaseUnusableError(
+            f"Cannot copy the database to {copy} ({error}); make room there and run the same command again."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _blind(session: Session, study: Study) -> list[dict[str, Any]]:

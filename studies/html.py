@@ -1,8 +1,9 @@
-"""The Markdown report as a page that opens from ``file://`` and refers to nothing outside its folder."""
+"""The Markdown report as a page that opens from ``file://`` and refers to nothing outside itself."""
 
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from html import escape, unescape
 
 STYLE = """
@@ -15,28 +16,30 @@ img { max-width: 760px; width: 100%; } code { overflow-wrap: anywhere; font-size
 """
 
 
-def page(markdown: str, *, title: str, lang: str = "en") -> str:
+def page(markdown: str, *, title: str, figure: bytes, lang: str = "en") -> str:
     """Turn what :func:`studies.report.markdown` writes into HTML; everything else stays text.
 
     Args:
         markdown: headings, paragraphs, lists, tables, one figure, bold and code.
         title: of the page.
+        figure: what the figure shows, as SVG; it becomes a part of the page.
         lang: language of the text.
     """
-    blocks = [_block(block.split("\n")) for block in re.split(r"\n{2,}", markdown.strip())]
+    blocks = [_block(block.split("\n"), figure) for block in re.split(r"\n{2,}", markdown.strip())]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(blocks)
     top = f'<!doctype html>\n<html lang="{lang}"><head>{head}<style>{STYLE}</style></head>\n'
     return f"{top}<body>\n{body}\n</body></html>\n"
 
 
-def _block(lines: list[str]) -> str:
+def _block(lines: list[str], figure: bytes) -> str:
     first = lines[0]
     if heading := re.fullmatch(r"(#+) (.*)", first):
         rank = len(heading[1])
         return f"<h{rank}>{_inline(heading[2])}</h{rank}>"
-    if figure := re.fullmatch(r"!\[(.*)\]\((\w+)\.png\)", first):
-        return f'<img src="{figure[2]}.svg" alt="{escape(figure[1])}">'
+    if image := re.fullmatch(r"!\[(.*)\]\(\w+\.png\)", first):
+        data = b64encode(figure).decode()
+        return f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(image[1])}">'
     if first.startswith("| "):
         head, *rows = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in [first, *lines[2:]]]
         cells = "".join(f"<th>{_inline(cell.strip())}</th>" for cell in head)

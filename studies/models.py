@@ -1,7 +1,8 @@
-"""Database models of the studies: nothing in these tables tells which model made a clip.
+"""Database models of the studies: while a study is blind, no row names a model or says which one made a clip.
 
-Which clip came from which model stands only in the study folder's sealed schedule; rows point to it by sheet and
-position. A change here needs a migration in ``studies/migrations/versions``, and a test compares the two.
+That stands only in the study folder's sealed schedule, seeds included; rows point to it by sheet and position. Of three
+or more models the pairs' shared file names still show which clips are of one and the same model, not of which. A change
+here needs a migration in ``studies/migrations/versions``, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -104,14 +105,15 @@ class Trial(Base):
     """File of the left clip, a random name."""
     right: Mapped[str] = mapped_column(String(64))
     seed_left: Mapped[int | None] = mapped_column(BigInteger)
-    """Seed that the left clip was sampled with; unknown for foreign sets."""
+    """Empty, like all columns of seeds here: a set without seeds beside one with them would tell the two apart."""
     seed_right: Mapped[int | None] = mapped_column(BigInteger)
     answers: Mapped[list[str | None]] = mapped_column(JSON)
     """Right answers to the two questions, where there are any."""
     repeat_of: Mapped[int | None]
     """Position of the trial that this one repeats."""
     voided: Mapped[bool] = mapped_column(default=False)
-    """A repeat whose first showing another rater had: skipped."""
+    """Skipped: a repeat whose first showing another rater had, practice that a newcomer began anew, or the catch trials
+    of a sheet that has no main trial left."""
     rater_id: Mapped[int | None] = mapped_column(ForeignKey("study_raters.id"))
     """Whom the tokens are for."""
     token: Mapped[str | None] = mapped_column(String(32), unique=True)
@@ -166,5 +168,5 @@ class Audit(Base):
     study_id: Mapped[int] = mapped_column(ForeignKey("studies.id"))
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     action: Mapped[str] = mapped_column(String(32))
-    """created, served, simulated, unblinded, analyzed, exported, withdrawn, taken over."""
+    """created, served, simulated, unblinded, analyzed, exported, withdrawn, taken over, closed."""
     detail: Mapped[dict[str, Any]] = mapped_column(JSON)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from studies.compare import LARGE
+from studies.compare import headline_p, is_small
 from studies.errors import StudyError
 from studies.logit import clustered_logit
 from studies.simulate import Effects, balanced_layout, simulate_votes
@@ -55,8 +55,8 @@ class PowerDesign:
 
     @property
     def small(self) -> bool:
-        """Whether the permutation test leads."""
-        return self.prompts < LARGE["prompts"] or self.votes < LARGE["votes"] or self.raters < LARGE["raters"]
+        """Whether the larger p of two tests leads, as in the analysis."""
+        return is_small(prompts=self.prompts, votes=self.votes, raters=self.raters)
 
 
 def power(
@@ -90,10 +90,10 @@ def power(
         for _ in range(design.simulations):
             y = simulate_votes(layout, beta, effects, rng)
             fit = clustered_logit(y, columns, layout.prompts, layout.raters)
-            if design.small or fit is None:
-                rejected += sign_flip(y, layout.prompts, draws=999) < design.level
-            else:
-                rejected += fit.interval(np.array([1.0, 0.0]))[3] < design.level
+            clustered = None if fit is None else fit.interval(np.array([1.0, 0.0]))[3]
+            needed = design.small or fit is None
+            permutation = sign_flip(y, layout.prompts, draws=999) if needed else 0.0
+            rejected += headline_p(clustered, permutation, y, layout.raters, small=design.small) < design.level
             if preference == 0.5 and fit is not None:
                 rate = float(y.mean())
                 ratios.append(float(fit.covariance[0, 0]) * design.votes * rate * (1 - rate))
@@ -102,7 +102,7 @@ def power(
         rows.append({"preference": preference, "power": share, "error": error})
     return {
         **asdict(design), **asdict(effects), "votes": design.votes,
-        "test": "prompt-level permutation" if design.small else "clustered logit",
+        "test": "larger p of clustered logit and permutation" if design.small else "clustered logit",
         "rows": rows, "detectable": _crossing(rows, 0.8), "independent": _independent(design.votes, design.level),
         "design_effect": float(np.mean(ratios)) if ratios else None,
     }  # fmt: skip

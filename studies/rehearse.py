@@ -129,7 +129,7 @@ class _Crowd:
 def _vote_all(session: Session, folder: StudyFolder, study: Study, crowd: _Crowd, number: int) -> int:
     """One simulated rater takes a sheet and answers all of it, by the ordinary way."""
     rng = crowd.rng
-    now = datetime.now(UTC)
+    now = max(filter(None, (datetime.now(UTC), study.unblinded)))
     careless = bool(rng.random() < crowd.model.careless)
     count = session.scalar(select(func.count()).select_from(Rater).where(Rater.study_id == study.id)) or 0
     key = identity.rater_hash(folder.keys["raters"], folder.name, f"simulated {count}")
@@ -142,7 +142,7 @@ def _vote_all(session: Session, folder: StudyFolder, study: Study, crowd: _Crowd
         trial: Trial = at.trial
         trial.fetched_left = trial.fetched_right = True
         sheet = session.get_one(Sheet, trial.sheet_id)
-        plan = crowd.sealed.sheets[sheet.number]["trials"][trial.position]
+        plan = crowd.sealed.planned(sheet.number, trial)
         seconds = [float(rng.lognormal(0.6, 0.5)) for _ in QUESTIONS]
         now += timedelta(seconds=folder.clip_seconds + 0.5 + sum(seconds))
         answers = [crowd.answer(plan, question, number, careless) for question in range(len(QUESTIONS))]

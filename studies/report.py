@@ -22,6 +22,13 @@ def markdown(preferences: Mapping[str, Any], analysis: Mapping[str, Any]) -> str
     if preferences["simulated"]:
         lines += ["**The raters are simulated from a stated model; these are not the preferences of people.**", ""]
         lines += [*(f"The stated model: `{_text(command)}`" for command in analysis["simulated_by"]), ""]
+    after = analysis["votes_after_unblinding"]
+    if after:
+        lines += [
+            f"**{after} main votes were cast after the study was unblinded: whoever collected them could see who was "
+            "winning, so p-values may be too small and intervals too sure.**",
+            "",
+        ]
     lines += [
         f"{preferences['votes']} of {preferences['wanted_votes']} votes, {preferences['raters']} raters kept, "
         f"{preferences['excluded_raters']} left out by the rules fixed before the first vote.",
@@ -95,8 +102,9 @@ def markdown(preferences: Mapping[str, Any], analysis: Mapping[str, Any]) -> str
         "",
         "A tie counts one half in the headline; leaving ties out is what Davidson's model estimates for a pair.",
         "",
-        f"Schedule `{preferences['schedule_hash']}`, unblinded {analysis['unblinded']}, analysed "
-        f"{preferences['created']} by `{_text(preferences['command'])}` at {preferences['code_revision']}.",
+        f"Schedule `{preferences['schedule_hash']}`, unblinded {analysis['unblinded']} with {after} main votes cast "
+        f"after it, analysed {preferences['created']} by `{_text(preferences['command'])}` at "
+        f"{preferences['code_revision']}.",
         "",
     ]
     return "\n".join(lines)

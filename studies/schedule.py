@@ -2,9 +2,11 @@
 
 A *place* is one vote to be had on an item (pair, prompt, seed). Places are dealt to sheets so that no sheet has a pair
 on the same prompt twice and all sheets have equal shares of the pairs. Sides are then exact: within every item, (pair,
-prompt) and pair, and within every sheet and (sheet, pair), model a stands left as often as right, to one where the
-number is odd. This is de Werra's balanced 2-colouring: partners are linked at the finest level first, once on the
-side of the items and once on that of the sheets; the links form paths and cycles of even length, coloured in turn.
+prompt) and pair, and within every sheet and (sheet, pair), the pair's first model stands left as often as right, to one
+where the number is odd. (Of three or more models, one that is first in some pairs and second in others may still stand
+more on one side within a sheet.) This is de Werra's balanced 2-colouring: partners are linked at the finest level
+first, once on the side of the items and once on that of the sheets; the links form paths and cycles of even length,
+coloured in turn.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from typing import Any, Literal
 from studies.design import QUESTIONS, Design
 
 Kind = Literal["practice", "main", "obvious", "repeat", "identical"]
-CATCH_CYCLE: tuple[Kind, ...] = ("repeat", "obvious", "identical", "obvious")
-"""Kinds of the catch trials after a sheet's first, which is an obvious one."""
+OBVIOUS = 2
+"""A sheet's first catch trials are obvious: fewer could exclude nobody by the default rules."""
+CATCH_CYCLE: tuple[Kind, ...] = ("repeat", "identical")
+"""Kinds of the catch trials after those, in turn over the sheets."""
 CATCH_POOL = 8
 """Prompts whose clips are corrupted for obvious trials."""
 
@@ -246,8 +250,8 @@ def _order(
     """Add the catch trials and bring all into an order with spacing; ``offset`` is the first one's position."""
     kinds: list[Kind] = []
     for catch in range(design.catch_trials):
-        turn = number * (design.catch_trials - 1) + catch - 1
-        kinds.append("obvious" if catch == 0 else CATCH_CYCLE[turn % len(CATCH_CYCLE)])
+        turn = number * (design.catch_trials - OBVIOUS) + catch - OBVIOUS
+        kinds.append("obvious" if catch < OBVIOUS else CATCH_CYCLE[turn % len(CATCH_CYCLE)])
     used = {trial.prompt for trial in mains}
     pool = catch_pool(design)
     fresh = [clip for clip in pool if clip.prompt not in used] or list(pool)

@@ -24,7 +24,8 @@ class Serving:
     """How raters come and go; not part of the schedule's hash."""
 
     platform: Platform = "none"
-    """Where raters come from: sets the names of query parameters and the hint on finishing."""
+    """Where raters come from: sets the name of the query parameter with their id. The page refuses frames, so workers
+    of MTurk open it in a new tab from a HIT of the survey-link kind, and hand in the completion code there."""
     rater_parameter: str | None = None
     """Query parameter with the rater's id; None for the platform's own name."""
     completion_code: str | None = None

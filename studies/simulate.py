@@ -6,6 +6,7 @@ effects of prompts and raters lean towards A or B, so they make votes on a promp
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import integrate, optimize, stats
 
 from studies.errors import StudyError
+from studies.schedule import balanced_sides
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -70,6 +72,8 @@ class Layout:
 def balanced_layout(prompts: int, seeds: int, votes_per_item: int, raters: int) -> Layout:
     """The votes on one pair of a balanced study: each rater votes on as many different prompts as the others.
 
+    Sides are balanced within items, prompts and raters, as those of the served schedule are.
+
     Args:
         prompts: number of prompts.
         seeds: clips a prompt and model.
@@ -82,7 +86,13 @@ def balanced_layout(prompts: int, seeds: int, votes_per_item: int, raters: int) 
     item = prompt * seeds + (round_ + prompt) % seeds
     # Raters take votes in turn, so that each meets other prompts in every round.
     rater = (vote + round_ // max(1, raters // np.gcd(prompts, raters))) % raters
-    return Layout(prompts=prompt, items=item, raters=rater, a_left=(prompt + round_) % 2 == 0)
+    sides = balanced_sides(
+        range(n),
+        items=[lambda vote: int(item[vote]), lambda vote: int(prompt[vote]), lambda vote: 0],
+        sheets=[lambda vote: int(rater[vote])],
+        rng=random.Random(0),
+    )
+    return Layout(prompts=prompt, items=item, raters=rater, a_left=np.array(sides))
 
 
 def simulate_votes(layout: Layout, beta: float, effects: Effects, rng: np.random.Generator) -> Floats:

@@ -76,7 +76,21 @@ class Sealed:
     """name and checkpoint_hash."""
     pairs: Sequence[tuple[int, int]]
     sheets: Sequence[Mapping[str, Any]]
+    clips: Mapping[str, Mapping[str, Any]]
+    """What each clip shows and the seed that it was sampled with, by its random name."""
     rules: ExclusionRules
+    command: str | None
+    """The command that created the study; in the audit log it would name the models in order."""
+
+    def planned(self, sheet: int, trial: Trial) -> Mapping[str, Any]:
+        """The schedule's trial that a row of the database stands for.
+
+        Practice that a newcomer repeats has a new position; each practice trial of a sheet has another prompt.
+        """
+        trials: Sequence[Mapping[str, Any]] = self.sheets[sheet]["trials"]
+        if trial.kind != "practice":
+            return trials[trial.position]
+        return next(plan for plan in trials if plan["kind"] == "practice" and plan["prompt"] == trial.prompt)
 
 
 def open_sealed(folder: Path, study: Study) -> Sealed:
@@ -119,7 +133,9 @@ def read_sealed(folder: Path, study: Study) -> Sealed:
         models=content["models"],
         pairs=pairs,
         sheets=content["sheets"],
+        clips=content["clips"],
         rules=ExclusionRules(**design["exclusions"]),
+        command=content.get("command"),
     )
 
 
@@ -136,9 +152,7 @@ def load_answers(session: Session, study: Study, sealed: Sealed) -> list[Answere
     ids = {prompt: place for place, prompt in enumerate(sealed.design["prompts"])}
     found = []
     for vote, trial, sheet, rater in rows:
-        # Practice that a newcomer repeated has a negative position, and is the same in every sheet.
-        practice = [t for t in sealed.sheets[sheet]["trials"] if t["kind"] == "practice"]
-        plan = sealed.sheets[sheet]["trials"][trial.position] if trial.position >= 0 else practice[trial.position]
+        plan = sealed.planned(sheet, trial)
         left, right, a_left = plan["left"], plan["right"], plan["a_left"]
         a, b = (left, right) if a_left else (right, left)
         found.append(
@@ -150,7 +164,8 @@ def load_answers(session: Session, study: Study, sealed: Sealed) -> list[Answere
                 repeat_of=trial.repeat_of, seconds=(vote.seconds_quality, vote.seconds_alignment),
                 seconds_total=vote.seconds_total, watched=(vote.watched_left, vote.watched_right),
                 replays=vote.replays, slow=vote.slow, first_question=vote.first_question,
-                seeds=(vote.seed_left, vote.seed_right), models=(left["model"], right["model"]),
+                models=(left["model"], right["model"]),
+                seeds=(sealed.clips[trial.left]["seed"], sealed.clips[trial.right]["seed"]),
                 schedule_hash=vote.schedule_hash, app_version=vote.app_version, created=vote.created,
             )
         )  # fmt: skip

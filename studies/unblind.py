@@ -5,9 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy import func, select
+
 from studies.database import Database, find_study
 from studies.errors import StudyError
-from studies.models import Audit
+from studies.models import Audit, Vote
 from studies.serving import StudyFolder
 from studies.status import study_status
 
@@ -29,11 +31,13 @@ def unblind_study(folder: StudyFolder, db: str | None, *, reason: str, command: 
     """
     if not reason.strip():
         raise StudyError("Say why with --reason '...'; it goes into the audit log.")
-    now = datetime.now(UTC)
     database = Database(db)
     try:
         with database.writing() as session:
             study = find_study(session, folder.name, folder.schedule_hash, database.shown)
+            # Not before the latest vote: a server's clock may go ahead, and "cast after unblinding" compares with this.
+            latest = session.scalar(select(func.max(Vote.created)).where(Vote.study_id == study.id))
+            now = max(filter(None, (datetime.now(UTC), latest)))
             votes = study_status(session, study.id, now)["votes"]
             study.unblinded = study.unblinded or now
             detail = {"reason": reason.strip(), "command": command, **votes}

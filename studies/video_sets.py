@@ -61,18 +61,22 @@ def read_set(name: str, folder: Path) -> VideoSet:
     hashes: set[str | None] = set()
     if manifest.is_file():
         rows = []
-        lines = manifest.read_text("utf-8").split("\n")
+        try:
+            lines = manifest.read_text("utf-8").split("\n")
+        except UnicodeError as error:
+            raise StudyError(f"{manifest} is not UTF-8 text ({error}); restore it, or make the set anew.") from error
         for number, line in enumerate(lines[:-1], 1):  # a last line without newline was cut short by a crash
             try:
-                row = json.loads(line)
-                rows.append((row.get("line", 0), str(row["prompt"]), int(row["index"]), str(row["video"]), row))
-            except (ValueError, KeyError, TypeError) as error:
+                row = dict(json.loads(line))
+                place = (int(row.get("line", 0)), str(row["prompt"]), int(row["index"]), str(row["video"]))
+                rows.append((*place, row.get("seed")))
+                hashes.add(row.get("checkpoint_hash"))
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 raise StudyError(f"Line {number} of {manifest} does not describe a video; delete it.") from error
         rows.sort(key=lambda row: row[0])
-        for _, prompt, index, video, row in rows:
+        for _, prompt, index, video, seed in rows:
             path = folder / "videos" / Path(video).name
-            videos.setdefault(prompt, {})[index] = Video(path=path, seed=row.get("seed"))
-            hashes.add(row.get("checkpoint_hash"))
+            videos.setdefault(prompt, {})[index] = Video(path=path, seed=seed)
     else:
         for path in sorted(folder.glob("*.mp4")) or sorted(folder.glob("videos/*.mp4")):
             found = re.fullmatch(r"(.+)-(\d+)", path.stem)

@@ -69,7 +69,7 @@ def read_ballot(content: object, *, allow_ties: bool) -> Ballot:
         slow = content["slow"]
         if not set(answers) <= set(choices) or not isinstance(slow, bool):
             raise ValueError
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # a whole number may be too large for a float
         raise Refused(422, "malformed") from error
     return Ballot(
         answers=(answers[0], answers[1]),
@@ -123,7 +123,6 @@ def cast(session: Session, study: StudyFolder, rater: Rater, token: str, ballot:
             quality=ballot.answers[0], alignment=ballot.answers[1],
             seconds_quality=ballot.seconds[0], seconds_alignment=ballot.seconds[1], seconds_total=passed,
             watched_left=ballot.watched[0], watched_right=ballot.watched[1], replays=ballot.replays, slow=ballot.slow,
-            seed_left=trial.seed_left, seed_right=trial.seed_right,
             first_question=rater.first_question or sheet.first_question,
             schedule_hash=study.schedule_hash, app_version=APP_VERSION, created=now,
         )

@@ -72,7 +72,7 @@ def test_the_whole_road(sets: Path, tmp_path: Path):
     assert shown.startswith("SIMULATED") and "visual quality: a over b" in shown
     found["export"] = call("export", study, "--out", str(tmp_path / "votes"), *db, "--json")
     found["power"] = call("power", "--num-prompts", "10", "--raters", "5", "--simulations", "50", "--json")
-    assert found["power"]["test"] == "prompt-level permutation"
+    assert found["power"]["test"] == "larger p of clustered logit and permutation"
     assert {name: sorted(value) for name, value in found.items()} == {
         name: sorted(keys.split()) for name, keys in KEYS.items()
     }
@@ -89,6 +89,7 @@ def test_a_report_keeps_the_contract_and_can_be_rerun(tmp_path: Path, monkeypatc
     assert report["command"] == shlex.join(["tmd-eval", *words]) and report["simulated"] and report["device"]
     assert report["seeds"] == [0] and report["packages"]["numpy"] and "simulated" in report["raters"]
     assert [line["action"] for line in report["audit"]] == ["created", "simulated", "unblinded", "analyzed"]
+    assert report["audit"][0]["command"] == "test", "kept in the sealed schedule until then"
     rows = {row["name"]: row["metrics"] for row in report["rows"]}
     assert list(rows) == list(MODELS)
     for result in facts["results"]:
@@ -118,3 +119,10 @@ def test_bad_input_is_one_sentence(words: list[str], sentence: str, tmp_path: Pa
     result = CliRunner().invoke(app, ["study", *words])
     assert getattr(result.exception, "exit_code", None) == 2 and sentence in str(result.exception)
     assert "\n" not in str(result.exception) and not any(tmp_path.iterdir())
+
+
+def test_prompts_in_another_encoding_are_one_sentence(sets: Path, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_bytes("ein großer Hund".encode("latin-1"))
+    words = ["create", "--videos", f"a={sets / 'a'}", "--videos", f"b={sets / 'b'}", "--out", str(tmp_path / "x")]
+    result = CliRunner().invoke(app, ["study", *words, "--prompts", str(tmp_path / "prompts.txt")])
+    assert getattr(result.exception, "exit_code", None) == 2 and "save them as UTF-8" in str(result.exception)

@@ -111,6 +111,13 @@ def test_catch_trials_stand_where_they_should():
     assert sum(kinds[kind] for kind in ("obvious", "repeat", "identical")) == plan.raters * 4
 
 
+def test_every_rater_has_obvious_trials_enough_for_the_exclusion_rule():
+    plan = Design(name="s", models=("a", "b"), prompts=tuple(f"p{i}" for i in range(60)))
+    for sheet in build_schedule(plan):
+        obvious = [trial for trial in sheet.trials if trial.kind == "obvious"]
+        assert len(obvious) >= plan.exclusions.min_obvious_trials
+
+
 def test_prompts_come_back_late():
     plan = design(models=("a", "b", "c"), trials_per_rater=20, catch_share=0.1)
     for sheet in build_schedule(plan):

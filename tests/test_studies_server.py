@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from sqlalchemy import func, select
 
 from leaderboard.database import open_engine
 from leaderboard.errors import LeaderboardError
+from studies import ballots
 from studies.analyze import analyze_study
 from studies.app import Server, build_app
+from studies.clips import read_frames
 from studies.clock import Clock
 from studies.create import create_study, plan_study
 from studies.database import Database
@@ -32,9 +34,11 @@ from studies.errors import SealedError, StudyError
 from studies.export import export_study
 from studies.models import VERSION_TABLE, Audit, Base, Rater, Sheet, Study, Trial, Vote
 from studies.rehearse import Model, rehearse
+from studies.schedule import ClipRef
 from studies.serving import Serving, open_folder
 from studies.simulate import Effects
 from studies.unblind import unblind_study
+from studies.video_sets import read_set
 from studies.votes import Refused, read_ballot
 from tests.studykit import MODELS, make_set, make_study, prompts
 
@@ -202,6 +206,7 @@ def test_malformed_votes_are_refused(site: Site):
         {}, [], None, "x", ballot() | {"answers": {"visual quality": "left"}}, ballot(quality="tie"),
         ballot(quality="<b>"), ballot() | {"replays": -1}, ballot() | {"replays": True}, ballot() | {"slow": "no"},
         ballot() | {"seconds": {"visual quality": 1e999, "prompt alignment": 1}}, ballot(watched=1.5),
+        ballot() | {"replays": 10**400},
     ]  # fmt: skip
     for body in bodies:
         answer = client.post(url, content=json.dumps(body), headers={"content-type": "application/json"})
@@ -209,6 +214,10 @@ def test_malformed_votes_are_refused(site: Site):
     assert client.post(url, content="{", headers={"content-type": "application/json"}).status_code == 422
     assert client.post(url, content="{}", headers={"content-type": "text/plain"}).status_code == 415
     assert not site.rows(Vote)
+    half = client.post(
+        "/api/enter", content=r'{"params": {"rater": "\ud800"}}', headers={"content-type": "application/json"}
+    )
+    assert (half.status_code, half.json()) == (422, {"error": "malformed"})
 
 
 def test_ties_only_where_they_are_offered():
@@ -310,6 +319,85 @@ def test_leases_return_what_the_silent_leave(site: Site):
     assert mains == site.folder.votes
 
 
+def test_a_sheet_may_be_taken_over_again_and_again(site: Site, tmp_path: Path):
+    site.vote(*site.rater("a"))  # one practice trial of two
+    for number in range(1, site.folder.raters):
+        site.finish(*site.rater(f"worker {number}"))
+    for name in ("b", "c"):
+        site.clock.wait(minutes=site.folder.lease_minutes + 1)
+        site.vote(*site.rater(name))
+    site.clock.wait(minutes=site.folder.lease_minutes + 1)
+    last, state = site.rater("d")
+    practised = 0
+    while state["trial"]["practice"]:
+        state = site.vote(last, state).json()["next"]
+        practised += 1
+    assert practised == 2, "what others left of their practice is not added"
+    assert site.finish(last, state)["stage"] == "done"
+    unblind_study(site.folder, site.db, reason="r", command="c")
+    assert analyze_study(site.folder, site.db, tmp_path / "out", code_revision="r", command="c")["votes"] == 8
+    export_study(site.folder, site.db, tmp_path / "open", command="c")
+    sealed = json.loads((site.folder.path / "sealed.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "open" / "votes.jsonl").read_text().splitlines()]
+    told = {(row["sheet"], row["position"]): (row["model_left"], row["model_right"]) for row in rows}
+    voted = {vote.trial_id for vote in site.rows(Vote)}
+    numbers = {sheet.id: sheet.number for sheet in site.rows(Sheet)}
+    shown = {
+        (numbers[trial.sheet_id], trial.position): tuple(
+            MODELS[sealed["clips"][name]["model"]] for name in (trial.left, trial.right)
+        )
+        for trial in site.rows(Trial)
+        if trial.id in voted
+    }
+    assert told == shown, "every vote is on the models that were shown, practice of newcomers too"
+
+
+def test_nobody_is_done_while_a_sheet_may_come_free(site: Site):
+    early, state = site.rater("early")
+    site.vote(early, state)  # practice only
+    site.clock.wait(minutes=site.folder.lease_minutes + 1)
+    others = [site.rater(f"worker {number}") for number in range(1, site.folder.raters)]
+    holder, state = others[0]
+    while state["done"] == 0:
+        state = site.vote(holder, state).json()["next"]
+    newcomer, theirs = site.rater("newcomer")
+    assert theirs["stage"] == "trial", "takes over what the early one left"
+    assert early.post("/api/state", json={}).json() == {"stage": "full"}, "no code for a practice trial"
+    site.clock.wait(minutes=site.folder.lease_minutes - 1)
+    for client, _ in (*others[1:], (newcomer, theirs)):
+        client.post("/api/state", json={})
+    site.clock.wait(minutes=2)
+    state = early.post("/api/state", json={}).json()
+    assert state["stage"] == "trial", "takes over what the holder left"
+    assert holder.post("/api/state", json={}).json() == {"stage": "full"}, "not done after one vote"
+    site.finish(early, state)
+    for client, _ in (*others[1:], (newcomer, theirs)):
+        site.finish(client, client.post("/api/state", json={}).json())
+    assert holder.post("/api/state", json={}).json()["stage"] == "done", "others did the rest"
+    assert early.post("/api/state", json={}).json()["stage"] == "done"
+
+
+def test_a_sheet_without_main_trials_left_is_closed_and_another_leased(site: Site):
+    almost, state = site.rater("almost")
+    while state["done"] < 2:
+        state = site.vote(almost, state).json()["next"]
+    with site.server.writing() as session:  # a swapped repeat is all that is left
+        last = session.scalars(select(Trial).join(Sheet).where(Sheet.number == 0).order_by(Trial.position)).all()[-1]
+        last.kind, last.repeat_of = "repeat", 2
+    site.clock.wait(minutes=1)
+    others = [site.rater(f"worker {number}") for number in range(1, site.folder.raters)]
+    site.clock.wait(minutes=site.folder.lease_minutes + 1)
+    for client, _ in others[1:]:
+        client.post("/api/state", json={})
+    newcomer, state = site.rater("newcomer")
+    assert site.finish(newcomer, state)["stage"] == "done"
+    rater = site.rows(Rater)[-1]
+    kinds = {trial.id: trial.kind for trial in site.rows(Trial)}
+    assert [kinds[vote.trial_id] for vote in site.rows(Vote) if vote.rater_id == rater.id].count("main") == 2
+    assert [row.action for row in site.rows(Audit)] == ["created", "closed", "taken over"]
+    assert almost.post("/api/state", json={}).json()["stage"] == "done"
+
+
 def test_a_silent_rater_keeps_the_sheet_while_nobody_waits(site: Site):
     client, state = site.rater("worker")
     site.clock.wait(days=2)
@@ -350,6 +438,9 @@ def test_platforms_bring_their_own_parameters(made: tuple[Path, str], tmp_path: 
             serve(**bad)
     with pytest.raises(StudyError, match="No texts"):
         serve(language="tlh")
+    assert "frame-ancestors 'none'" in mturk.get("/").headers["content-security-policy"], "a HIT links to a new tab"
+    with pytest.raises(StudyError, match="--completion-code"):
+        plan_study({}, {}, serving=Serving(platform="mturk"))
 
 
 def test_admin_needs_the_secret(site: Site):
@@ -444,12 +535,20 @@ def test_blind_until_unblinded(site: Site, tmp_path: Path):
         assert (tmp_path / "out" / name).stat().st_size
     html = (tmp_path / "out" / "index.html").read_text()
     assert MODELS[0] in html and "http" not in html.replace("https://example", "") and "<script" not in html
+    assert 'src="data:image/svg+xml;base64,' in html and "preferences.svg" not in html, "nothing outside itself"
+    with pytest.raises(StudyError, match="place of the database"):
+        export_study(site.folder, site.db, Path(site.db).parent, backup=True, **args)
+    assert not (Path(site.db).parent / "votes.csv").exists() and sqlite3.connect(site.db).execute(
+        "SELECT 1 FROM studies"
+    )
     open_export = export_study(site.folder, site.db, tmp_path / "open", backup=True, **args)
+    assert not list((tmp_path / "open").glob(".tmp*"))
     import pandas as pd
 
     table = pd.read_parquet(tmp_path / "open" / "votes.parquet")
     assert len(table) == open_export["rows"] and set(table["model_left"]) == set(MODELS[:2])
     assert len(pd.read_csv(tmp_path / "open" / "votes.csv")) == len(table)
+    assert set(table["seed_left"]) | set(table["seed_right"]) == {0, 1, 1000, 1001}, "from the sealed schedule"
     copied = sqlite3.connect(tmp_path / "open" / "votes.db").execute("SELECT count(*) FROM study_votes").fetchone()
     assert copied == (len(site.rows(Vote)),)
     actions = [row.action for row in site.rows(Audit)]
@@ -460,6 +559,47 @@ def test_blind_until_unblinded(site: Site, tmp_path: Path):
     with engine.connect() as connection:
         rows = connection.execute(select(Preference.question, Preference.simulated)).all()
     assert sorted(tuple(row) for row in rows) == [("prompt alignment", False), ("visual quality", False)]
+
+
+def test_the_database_names_no_model_while_a_study_is_blind(tmp_path: Path):
+    sets = {
+        name: make_set(tmp_path / name, prompts(8), seeds=2, shade=i, frames=2) for i, name in enumerate(MODELS[:2])
+    }
+    settings = {"name": "s", "seeds": 2, "trials_per_rater": 4, "catch_share": 0.0, "votes_per_item": 1}
+    plan, db = plan_study(sets, settings, num_prompts=8), str(tmp_path / "votes.db")
+    command = f"study create --videos {MODELS[0]}=x --videos {MODELS[1]}=y"
+    order: list[ClipRef] = []
+
+    def listed(clips: Sequence[ClipRef]) -> Sequence[ClipRef]:
+        order.extend(clips)
+        return clips
+
+    create_study(plan, tmp_path / "study", db, command=command, progress=listed)
+    dump = "\n".join(sqlite3.connect(db).iterdump())
+    assert "study_trials" in dump and not [name for name in MODELS if name in dump]
+    database = Database(db)
+    with database.reading() as session:
+        assert {seed for row in session.execute(select(Trial.seed_left, Trial.seed_right)) for seed in row} == {None}
+    first = {}
+    for clip in order:
+        if not clip.corrupted:
+            first.setdefault((clip.prompt, clip.index), clip.model)
+    assert set(first.values()) == {0, 1}, "times of the files do not tell the models apart"
+    assert json.loads((tmp_path / "study" / "sealed.json").read_text())["command"] == command
+
+
+def test_votes_after_unblinding_are_counted_and_said(site: Site, tmp_path: Path):
+    site.finish(*site.rater("first"))
+    unblind_study(site.folder, site.db, reason="to look", command="c")
+    args: dict[str, Any] = {"code_revision": "r", "command": "c"}
+    analyze_study(site.folder, site.db, tmp_path / "one", **args)
+    site.finish(*site.rater("second"))
+    analyze_study(site.folder, site.db, tmp_path / "two", **args)
+    found = [json.loads((tmp_path / name / "analysis.json").read_text()) for name in ("one", "two")]
+    assert [analysis["votes_after_unblinding"] for analysis in found] == [0, 2]
+    texts = [(tmp_path / name / "report.md").read_text() for name in ("one", "two")]
+    sentence = "2 main votes were cast after the study was unblinded"
+    assert "with 0 main votes cast after it" in texts[0] and sentence in texts[1] and sentence not in texts[0]
 
 
 def test_a_changed_schedule_is_found_out(site: Site, tmp_path: Path):
@@ -491,6 +631,7 @@ def test_rehearsal_finds_the_stated_preference_and_says_simulated(tmp_path: Path
     assert analysis["excluded_raters"] and analysis["ranking"]["visual quality"]["models"][0]["model"] == MODELS[0]
     assert analysis["self_consistency"]["visual quality"]["repeats"] > 0
     assert {row["variant"] for row in analysis["sensitivity"]} == {"all raters", "ties left out", "both"}
+    assert analysis["votes_after_unblinding"] == 0, "simulated times run ahead of the clock"
     assert "simulated" in (tmp_path / "out" / "report.md").read_text()
     assert b"SIMULATED" in (tmp_path / "out" / "preferences.svg").read_bytes()
     with pytest.raises(StudyError, match="no model 'x'"):
@@ -555,6 +696,55 @@ def test_creating_again_resumes_and_another_of_that_name_is_refused(tmp_path: Pa
         Server(open_folder(study), str(tmp_path / "empty.db"))
 
 
+def test_a_corrected_command_keeps_no_clip_of_the_other_model(tmp_path: Path):
+    from studies.video_sets import probe
+
+    a, b = (make_set(tmp_path / name, prompts(3), shade=shade, frames=2) for shade, name in enumerate("ab"))
+    settings = {"name": "s", "seeds": 2, "trials_per_rater": 2, "catch_share": 0.5}
+    out, db = tmp_path / "study", str(tmp_path / "votes.db")
+
+    def interrupted(clips: Sequence[ClipRef]) -> Iterator[ClipRef]:
+        yield from clips
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        create_study(plan_study({"a": b, "b": a}, settings, num_prompts=3), out, db, command="c", progress=interrupted)
+    create_study(plan_study({"a": a, "b": b}, settings, num_prompts=3), out, db, command="c")
+    sealed = json.loads((out / "sealed.json").read_text())
+    clean = {name: clip for name, clip in sealed["clips"].items() if not clip["corrupted"]}
+    for name, clip in clean.items():
+        shade = read_frames(out / "clips" / name, probe(out / "clips" / name))[0, -1, -1].mean()
+        assert abs(shade - (60 + 40 * clip["model"])) < 10, "the clip shows the model that the schedule says"
+
+
+def test_creating_again_changes_what_the_page_needs(tmp_path: Path):
+    study, db = make_study(tmp_path, serving=Serving(completion_code="OLD"))
+    sets = {name: tmp_path / f"set{shade}" for shade, name in enumerate(MODELS[:2])}
+    settings = {"name": "test", "seeds": 2, "trials_per_rater": 4, "catch_share": 0.25, "votes_per_item": 1}
+    before = open_folder(study)
+    serving = Serving(platform="prolific", completion_code="NEW")
+    create_study(plan_study(sets, settings, num_prompts=4, serving=serving), study, db, command="c")
+    assert open_folder(study).serving == serving and open_folder(study).schedule_hash == before.schedule_hash
+    with pytest.raises(StudyError, match="No texts"):
+        plan_study(sets, settings, num_prompts=4, serving=Serving(language="absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "sentence"),
+    [
+        (b"[]\n", "Line 1 of .* does not describe a video"),
+        (b'{"video": "a", "prompt": "p", "index": 0, "line": null}\n', "Line 1 of .* does not describe a video"),
+        (b'{"video": "a", "prompt": "p", "index": 1e999}\n', "Line 1 of .* does not describe a video"),
+        (b'{"video": "a", "prompt": "p", "index": 0, "checkpoint_hash": []}\n', "Line 1 of .* does not describe"),
+        (b'{"video": "\xff"}\n', "is not UTF-8"),
+    ],
+)
+def test_a_bad_manifest_is_one_sentence(manifest: bytes, sentence: str, tmp_path: Path):
+    (tmp_path / "manifest.jsonl").write_bytes(manifest)
+    with pytest.raises(StudyError, match=sentence):
+        read_set("a", tmp_path)
+
+
 def test_folders_of_named_videos_need_no_manifest(tmp_path: Path):
     for shade, name in enumerate("ab"):
         made = make_set(tmp_path / name, ["a dog runs", "two - cats"], shade=shade)
@@ -569,7 +759,7 @@ def test_folders_of_named_videos_need_no_manifest(tmp_path: Path):
 def test_clips_show_what_was_made_and_spoiled_ones_do_not(tmp_path: Path):
     import numpy as np
 
-    from studies.clips import make_clip, read_frames
+    from studies.clips import make_clip
     from studies.video_sets import probe
 
     made = make_set(tmp_path / "set", prompts(1))
@@ -665,4 +855,26 @@ def test_postgresql_carries_a_whole_study(postgres: str, tmp_path: Path):
             },
         )
         assert compare_metadata(context, Base.metadata) == []
+    site.server.database.close()
+
+
+def test_on_postgresql_one_rater_locks_one_sheet(postgres: str, tmp_path: Path):
+    study, _ = make_study(tmp_path, db=postgres, name="race")
+    site = Site(study, postgres)
+    client, state = site.rater("back again")
+    while state["done"] == 0:
+        state = site.vote(client, state).json()["next"]
+    now, lease = site.clock.now(), site.server.lease
+    with site.server.writing() as session:
+        other = ballots.consent(session, site.server.study_id, "o" * 64, "x", now)
+        held = session.scalars(select(Sheet).where(Sheet.rater_id.is_not(None), Sheet.study_id == other.study_id)).one()
+        held.rater_id = other.id
+    with site.server.writing() as one, site.server.writing() as two:
+        voted = select(Rater).join(Vote).where(Rater.study_id == site.server.study_id).distinct()
+        assert ballots.standing(one, one.scalars(voted).one(), now, lease).trial
+        fresh = ballots.consent(two, site.server.study_id, "f" * 64, "x", now)
+        assert ballots.standing(two, fresh, now, lease).trial, "the others' sheets are not locked"
+    with pytest.raises(StudyError, match="pg_dump"):
+        export_study(site.folder, postgres, tmp_path / "out", command="c", backup=True)
+    assert not (tmp_path / "out").exists() and "exported" not in [row.action for row in site.rows(Audit)]
     site.server.database.close()

@@ -15,7 +15,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from studies.compare import LOGIT, PERMUTATION, SEPARATED, estimate
+from studies.compare import CAUTIOUS, LOGIT, SEPARATED, estimate, headline_p, is_small
 from studies.errors import StudyError
 from studies.logit import clustered_logit, expit
 from studies.power import PowerDesign, power
@@ -128,6 +128,7 @@ def test_swapping_the_models_mirrors_everything(seed: int, beta: float, ties: bo
     assert theirs["p_value"] == pytest.approx(ours["p_value"], abs=1e-12)
     assert (theirs["low"], theirs["high"]) == pytest.approx((1 - ours["high"], 1 - ours["low"]), abs=1e-9)
     assert theirs["design_effect"] == pytest.approx(ours["design_effect"], rel=1e-9)
+    assert theirs["plain_binomial_p"] == ours["plain_binomial_p"]
     order = np.random.default_rng(seed).permutation(len(y))
     mixed = estimate(y[order], side[order], layout.prompts[order], layout.raters[order], draws=200)
     assert mixed["value"] == pytest.approx(ours["value"]) and mixed["p_value"] == pytest.approx(ours["p_value"])
@@ -201,12 +202,43 @@ def test_the_bootstrap_covers_and_is_conservative():
 # Which method leads
 
 
-def test_small_designs_lead_with_the_permutation():
-    y, side, layout = study()
-    found = estimate(y, side, layout.prompts, layout.raters)
-    assert found["small_design"] and found["method"] == PERMUTATION
-    assert found["p_value"] == found["permutation_p"] and (found["low"], found["high"]) == found["bootstrap"]
-    assert found["logit"]["p_value"] != found["p_value"]
+def test_small_designs_lead_with_the_more_cautious_of_two():
+    larger = set()
+    for seed in range(6):
+        y, side, layout = study(seed)
+        found = estimate(y, side, layout.prompts, layout.raters, draws=500)
+        assert found["small_design"] and found["method"] == CAUTIOUS
+        both = {"clustered": found["logit"]["p_value"], "permutation": found["permutation_p"]}
+        assert found["p_value"] == max(both.values())
+        larger.add(max(both, key=lambda name: both[name]))
+        for low, high in (found["bootstrap"], (found["logit"]["low"], found["logit"]["high"])):
+            assert found["low"] <= low and high <= found["high"]
+    assert larger == {"clustered", "permutation"}, "neither alone would do"
+
+
+def test_few_raters_do_not_pass_for_many():
+    """10 raters who differ: flipping whole prompts takes no notice of them, and rejects true nulls by the dozen."""
+    layout, rng = balanced_layout(60, 5, 2, 10), np.random.default_rng(6)
+    x = np.column_stack([np.ones(600), np.where(layout.a_left, 0.5, -0.5)])
+    rejected = {"permutation": 0, "headline": 0}
+    for _ in range(100):
+        y = simulate_votes(layout, 0.0, Effects(prompt=0.4, item=0.4, rater=0.8), rng)
+        fit = clustered_logit(y, x, layout.prompts, layout.raters)
+        assert fit is not None
+        permutation = sign_flip(y, layout.prompts, draws=999)
+        p = headline_p(fit.interval(np.array([1.0, 0.0]))[3], permutation, y, layout.raters, small=True)
+        rejected["permutation"] += permutation < 0.05
+        rejected["headline"] += p < 0.05
+    assert rejected["permutation"] > 30 and rejected["headline"] < 20
+    two = estimate(np.ones(40), np.tile([0.5, -0.5], 20), np.arange(40) % 20, np.arange(40) // 20)
+    assert two["method"] == SEPARATED and two["p_value"] == 0.5, "two raters who agree prove little"
+
+
+def test_the_plain_test_leaves_ties_out():
+    y, side = np.array([1, 1, 1, 0.5, 0]), np.array([0.5, -0.5, 0.5, -0.5, 0.5])
+    found = [estimate(one, side, np.arange(5), np.arange(5), draws=50)["plain_binomial_p"] for one in (y, 1 - y)]
+    assert found == [stats.binomtest(3, 4).pvalue] * 2
+    assert estimate(np.full(5, 0.5), side, np.arange(5), np.arange(5), draws=50)["plain_binomial_p"] == 1
 
 
 def test_votes_that_all_agree_have_an_interval_too():
@@ -234,6 +266,30 @@ def test_stated_preferences_are_what_simulated_raters_have():
         EFFECTS.beta(0.99)
 
 
+@pytest.mark.parametrize("sizes", [(60, 5, 2, 30), (60, 3, 3, 27), (20, 3, 3, 12), (13, 1, 3, 5)])
+def test_simulated_sides_are_balanced_as_served_ones_are(sizes: tuple[int, int, int, int]):
+    layout = balanced_layout(*sizes)
+    sides = np.where(layout.a_left, 1, -1)
+    for ids in (layout.items, layout.prompts, layout.raters):
+        counts = np.bincount(ids)
+        assert np.array_equal(np.abs(np.bincount(ids, weights=sides)), counts % 2)
+
+
+def test_power_and_analysis_call_the_same_designs_small():
+    for prompts, seeds, votes, raters in [
+        (60, 5, 2, 30),
+        (60, 3, 3, 27),
+        (60, 3, 3, 26),
+        (59, 5, 3, 40),
+        (60, 2, 4, 40),
+    ]:
+        design = PowerDesign(prompts=prompts, seeds=seeds, votes_per_item=votes, raters=raters)
+        y, side, layout = study(1, prompts=prompts, seeds=seeds, votes_per_item=votes, raters=raters)
+        found = estimate(y, side, layout.prompts, layout.raters, draws=20)
+        assert design.small == found["small_design"] == is_small(prompts=prompts, votes=len(y), raters=raters)
+    assert not PowerDesign(seeds=3, votes_per_item=3, raters=27).small
+
+
 def test_power_of_independent_votes_is_the_textbook_one():
     none = Effects(prompt=0.0, item=0.0, rater=0.0)
     design = PowerDesign(prompts=100, seeds=3, votes_per_item=2, raters=60, simulations=200)
@@ -252,6 +308,6 @@ def test_power_falls_with_the_spread_of_prompts():
     assert found["design_effect"] > 1.5 and found["test"] == "clustered logit"
     assert found["detectable"] is not None and found["detectable"] > found["independent"] + 0.01
     small = PowerDesign(prompts=20, seeds=1, votes_per_item=2, raters=10, simulations=50)
-    assert power(small, EFFECTS, preferences=(0.5,))["test"] == "prompt-level permutation"
+    assert power(small, EFFECTS, preferences=(0.5,))["test"] == "larger p of clustered logit and permutation"
     with pytest.raises(StudyError, match="lower --raters"):
         PowerDesign(prompts=2, seeds=1, votes_per_item=1, raters=9)

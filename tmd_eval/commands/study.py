@@ -38,7 +38,7 @@ def create(
     seed_pairing: Annotated[str, typer.Option(help="matched or independent.")] = "matched",
     votes_per_item: Annotated[int, typer.Option(help="Votes on each pair, prompt and seed.")] = 2,
     trials_per_rater: Annotated[int, typer.Option(help="Trials of a rater, catch trials included.")] = 20,
-    catch_share: Annotated[float, typer.Option(help="Share of catch trials, 0 to 0.5.")] = 0.1,
+    catch_share: Annotated[float, typer.Option(help="Share of catch trials, 0 to 0.5; two obvious ones first.")] = 0.1,
     practice_trials: Annotated[int, typer.Option(help="Practice trials, 0 to 2.")] = 2,
     allow_ties: Annotated[bool, typer.Option("--allow-ties", help="Offer 'no difference'.")] = False,
     break_every: Annotated[int, typer.Option(help="Trials between suggested breaks; 0 for none.")] = 15,
@@ -48,7 +48,7 @@ def create(
     rater_parameter: Annotated[
         str | None, typer.Option(help="Query parameter with the rater's id; by default the platform's.")
     ] = None,
-    completion_code: Annotated[str | None, typer.Option(help="Shown at the end.")] = None,
+    completion_code: Annotated[str | None, typer.Option(help="Shown at the end; mturk needs one.")] = None,
     completion_url: Annotated[str | None, typer.Option(help="Link at the end; {code} is replaced.")] = None,
     language: Annotated[str, typer.Option(help="Texts of the page: en, or a YAML file.")] = "en",
     contact: Annotated[str, typer.Option(help="Whom raters can write to.")] = "",
@@ -94,6 +94,8 @@ def create(
             chosen = [line.strip() for line in prompts.read_text("utf-8").splitlines() if line.strip()]
         except OSError as error:
             raise StudyError(f"Cannot read the prompts {prompts} ({error.strerror}).") from error
+        except UnicodeError as error:
+            raise StudyError(f"The prompts {prompts} are not UTF-8 text ({error}); save them as UTF-8.") from error
     plan = plan_study(
         sets, settings, prompts=chosen, num_prompts=num_prompts, serving=serving,
         allow_unequal=allow_unequal_prompts, conform=conform,
