@@ -13,7 +13,7 @@ import click
 import pytest
 import typer
 
-from tmd_eval import __version__
+from tmd_eval import __version__, cli
 from tmd_eval.cli import app
 
 SURFACE = Path(__file__).parent / "cli_surface.json"
@@ -72,6 +72,25 @@ def test_every_command_has_help_with_an_example(name):
     shown = run(*name.split()[1:], "--help")
     assert shown.returncode == 0
     assert "tmd-eval" in shown.stdout.split("Options")[0]
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
+    """typer turns Ctrl-C into an exit before our own handler sees it."""
+    tree = typer.Typer()
+
+    @tree.command()
+    def wait(code: int = 0) -> None:
+        if code:
+            raise typer.Exit(code)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", tree)
+    for words, said in ((["--code", "130"], ""), ([], "interrupted; run the same command again")):
+        monkeypatch.setattr(sys, "argv", ["tmd-eval", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        error = capsys.readouterr().err
+        assert caught.value.code == 130 and error.startswith(said) and bool(error) == bool(said)
 
 
 def test_version():

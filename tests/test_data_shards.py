@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tarfile
@@ -202,6 +203,39 @@ def test_captions_come_from_a_list_or_text_files(videos: Path, tmp_path: Path) -
         encode.find_clips(folder, listed)
 
 
+def test_no_caption_is_made_of_null_and_other_encodings_are_named(videos: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in videos.iterdir() if path.suffix == ".mp4")
+    rows = [{"file": name, "text": None if place == 0 else "a cup"} for place, name in enumerate(names)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clips, bare = encode.find_clips(videos, tmp_path / "captions.jsonl")
+    assert names[0] not in [clip.path.name for clip in clips] and bare == 1 and {c.caption for c in clips} == {"a cup"}
+    (tmp_path / "x.mp4").write_bytes(b"")
+    (tmp_path / "x.txt").write_bytes("façade".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"x\.txt cannot be read as text .*save it as UTF-8"):
+        encode.find_clips(tmp_path, None)
+
+
+def test_a_folder_that_another_rank_just_began_is_gone_on_with(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = shards.Plan(folder=tmp_path / "data", source={"kind": "x"}, items=[1], shard_size=1, batch_size=1, world=2)
+    plan.folder.mkdir()
+    listing = Path.iterdir
+
+    def late(path: Path) -> Any:
+        monkeypatch.undo()
+        shards._claim(plan, base)  # the other rank, between our two looks
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    shards._claim(plan, base)
+    assert json.loads((plan.folder / "source.json").read_text())["kind"] == "x"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty and holds no data"):
+        shards._claim(dataclasses.replace(plan, folder=tmp_path / "full"), base)
+
+
 def test_fit_scales_cuts_and_resamples(base: Base) -> None:
     """Twice the rate and twice the size, wider: every second frame, the middle."""
     frames = np.zeros((20, 64, 128, 3), np.uint8)
@@ -240,6 +274,21 @@ def test_synthesized_latents_are_the_teachers(base: Base, tmp_path: Path) -> Non
     (longer / "base.json").write_text(json.dumps({**facts, "frames": 13}))
     with pytest.raises(ConfigError, match="was begun with latent_shape = "):
         call(*(longer if str(word) == str(base.folder) else word for word in words))
+    for change, named in (
+        ({"negative_prompt": "another"}, "negative_prompt = "), ({"guidance": 2.5}, "w = 3.0, now it is 2.5"),
+        ({"text_length": 5}, "text_length = "),
+    ):  # fmt: skip
+        (longer / "base.json").write_text(json.dumps({**facts, **change}))
+        with pytest.raises(ConfigError, match=f"was begun with {named}"):
+            call(*(longer if str(word) == str(base.folder) else word for word in words))
+    (longer / "base.json").write_text(json.dumps(facts))
+    scheduler = longer / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "solver_order": 1}))
+    with pytest.raises(ConfigError, match="was begun with scheduler = "):
+        call(*(longer if str(word) == str(base.folder) else word for word in words))
+    source = json.loads((out / "source.json").read_text())
+    (out / "source.json").write_text(json.dumps({k: v for k, v in source.items() if k not in ("w", "scheduler")}))
+    assert call(*words)["complete"]  # a folder of before these were recorded
     same = encode.wishes(PromptSet(name="x", prompts=("p", "q")), 3, 0)
     assert [w.seed for w in same[:2]] == [w.seed for w in encode.wishes(PromptSet(name="x", prompts=("p",)), 2, 0)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from students.errors import ConfigError, TmdError
 from tests.tiny import TEXT_LENGTH, tiny_pipeline, tiny_transformer
 from tmd_eval import files, video_set
 from tmd_eval.commands.generate import generate as command
-from tmd_eval.generate import LINE_STRIDE, generate_run
+from tmd_eval.generate import LINE_STRIDE, Settings, generate_run, plan
 from tmd_eval.prompts import PromptSet
 from tmd_eval.video import read_video
 
@@ -190,6 +191,52 @@ def test_other_weights_change_every_key(model: Checkpoint, tmp_path: Path) -> No
     first = {row["key"] for row in manifest(out)}
     run(str(tiny_pipeline(tmp_path / "other", seed=1)), out, device="cpu")
     assert first.isdisjoint(row["key"] for row in manifest(out)) and len(manifest(out)) == 6
+
+
+def test_a_teacher_s_negative_prompt_and_scheduler_are_in_its_keys(folder: Path, tmp_path: Path) -> None:
+    """The base's hash is of weights only; without guidance the negative prompt does nothing."""
+
+    def keys(source: Path, guidance: float) -> set[str]:
+        settings = Settings(m=2, guidance=guidance)
+        return {unit.key for unit in plan(open_checkpoint(source), PROMPTS, tmp_path / "run", settings).units}
+
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    assert keys(other, 3.0) == keys(folder, 3.0)
+    facts = json.loads((other / "base.json").read_text())
+    (other / "base.json").write_text(json.dumps({**facts, "negative_prompt": "another"}))
+    assert keys(other, 3.0).isdisjoint(keys(folder, 3.0)) and keys(other, 1.0) == keys(folder, 1.0)
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    assert config.get("solver_order", 2) == 2
+    scheduler.write_text(json.dumps({**config, "solver_order": 1}))
+    assert keys(other, 1.0).isdisjoint(keys(folder, 1.0))
+
+
+def test_a_student_s_keys_stay_as_they_were(folder: Path, tmp_path: Path) -> None:
+    record = StudentSpec(
+        method="dmd2-v", m=2, h=None, blocks=4, text_length=TEXT_LENGTH, base=BaseRecord.of(load_base(str(folder)))
+    )
+    save_student(tmp_path / "student", tiny_transformer(patch=(1, 1, 1), seed=3), record)
+    student = open_checkpoint(tmp_path / "student")
+    base = student.base
+    decisive = {
+        "checkpoint": student.hash, "base": base.hash, "dtype": str(base.dtype), **student.settings(),
+        "size": [base.height, base.width], "frames": base.frames, "fps": base.fps,
+    }  # fmt: skip
+    (first, *_) = plan(student, PROMPTS, tmp_path / "run", Settings()).units
+    assert first.key == video_set.unit_key(decisive, PROMPTS.prompts[0], 0)
+
+
+def test_ranks_may_probe_a_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch = Path.touch
+
+    def touched_and_removed(path: Path, *args: Any, **options: Any) -> None:
+        touch(path, *args, **options)
+        path.unlink()  # by the other rank
+
+    monkeypatch.setattr(Path, "touch", touched_and_removed)
+    video_set.check_writable(tmp_path / "run")
+    assert not list((tmp_path / "run" / "videos").iterdir())
 
 
 def test_a_half_written_row_and_debris_are_cleared(model: Checkpoint, tmp_path: Path) -> None:

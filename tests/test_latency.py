@@ -85,6 +85,20 @@ def test_warm_up_is_not_counted_and_text_is_encoded_each_time(
     assert rows[0]["seconds"]["vae"]["p95"] < 0.4
 
 
+def test_networks_are_loaded_before_the_first_timed_run(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(pipeline)
+    loaded: list[set[str]] = []
+
+    def run(*_: Any) -> None:
+        loaded.append({"transformer", "vae", "_text_pipeline"} & set(vars(checkpoint.base)))
+
+    monkeypatch.setattr("tmd_eval.latency.run_once", run)
+    measure(checkpoint, Protocol(repeats=1, warmup=0, teacher_m=1))
+    assert loaded == [{"transformer", "vae", "_text_pipeline"}]
+
+
 def test_picture_names_models_as_text(tmp_path: Path) -> None:
     times = {"median": 1.0, "p95": 1.1}
     row = {
@@ -111,3 +125,5 @@ def test_dry_run_runs_nothing(pipeline: Path, tmp_path: Path) -> None:
     words = ["latency", "--ckpt", str(pipeline), "--dry-run", "--out", str(tmp_path / "x")]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert "effective NFE 50" in result.stdout and not (tmp_path / "x").exists()
+    shown = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
+    assert shown["batches"] == [1] and [row["effective_nfe"] for row in shown["rows"]] == [50]

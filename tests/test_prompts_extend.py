@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import urllib.request
+from http.client import IncompleteRead
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +69,56 @@ def test_names_keep_the_short_prompt(model: Path, tmp_path: Path) -> None:
         with_texts(PROMPTS, str(tmp_path / "two.txt"))
     with pytest.raises(ConfigError, match="neither a text file"):
         with_texts(PROMPTS, str(tmp_path / "absent.txt"))
+
+
+def test_texts_never_shift_to_other_prompts(tmp_path: Path) -> None:
+    rows = [{"line": i, "prompt": prompt, "text": f"long {i}"} for i, prompt in enumerate(PROMPTS.prompts)]
+
+    def texts(*lines: str, name: str = "texts.txt") -> PromptSet:
+        (tmp_path / name).write_text("".join(line + "\n" for line in lines))
+        return with_texts(PROMPTS, str(tmp_path / name))
+
+    def of_rows(*given: dict[str, Any]) -> PromptSet:
+        return texts(*map(json.dumps, given), name="texts.jsonl")
+
+    assert texts("one", "two", "three").texts == ("one", "two", "three")
+    assert of_rows(*rows).texts == of_rows(*({"text": row["text"]} for row in rows)).texts
+    with pytest.raises(ConfigError, match="4 texts for 3 prompts"):
+        texts("one", "two", "three", "four")
+    with pytest.raises(ConfigError, match=r"Text 2 of .* is blank"):
+        texts("one", "", "two", "three")
+    with pytest.raises(ConfigError, match=r"Row 2 of .* is of line 2"):
+        of_rows(rows[0], rows[2], rows[1])
+    with pytest.raises(ConfigError, match=r"Row 3 of .*'another'"):
+        of_rows(*rows[:2], {**rows[2], "prompt": "another"})
+
+
+def test_a_known_list_is_checked_before_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMD_EVAL_HOME", str(tmp_path))
+
+    class Reply(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise IncompleteRead(b"half")
+
+    for reply, sentence in ((io.BytesIO(b"<html>sign in"), "What came from .* has SHA-256"), (Reply(), "be fetched")):
+        monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout, reply=reply: reply)
+        with pytest.raises(EnvironmentMissingError, match=sentence):
+            with_texts(PROMPTS, "gpt")
+    assert not list(tmp_path.rglob("gpt.txt"))
+
+
+def test_extending_refuses_a_bad_limit_and_never_truncates_in_place(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Extension(model=str(model), max_new_tokens=4)
+    for limit in (-1, 0):
+        with pytest.raises(ConfigError, match="--limit must be at least 1"):
+            extend(PROMPTS, tmp_path / "texts.jsonl", settings, limit=limit)
+    extend(PROMPTS, tmp_path / "texts.jsonl", settings, limit=1)
+    with (tmp_path / "texts.jsonl").open("a") as file:
+        file.write('{"line": 1')
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: pytest.fail("the file was rewritten in place"))
+    assert extend(PROMPTS, tmp_path / "texts.jsonl", settings)["texts"] == 3
 
 
 def test_models_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

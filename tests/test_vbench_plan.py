@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import unicodedata
 import zlib
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from students.errors import ConfigError, EnvironmentMissingError, IncompleteError
-from tmd_eval.vbench import diversity, plan, runner, weights
+from tmd_eval.vbench import diversity, plan, runner, summary, weights
 from tmd_eval.vbench import score as scoring
 from tmd_eval.vbench.dimensions import DIMENSIONS
 from tmd_eval.vbench.runner import STATIC, Workers
@@ -44,6 +45,7 @@ def small_vbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "official_version", lambda: "0.1.5")
     monkeypatch.setattr(runner, "check_ready", lambda dimension, unverified=False: None)
     monkeypatch.setattr(weights, "hashes", lambda dimension: {})
+    monkeypatch.setattr(weights, "check", lambda task, unverified=False: None)
 
 
 def clip(path: Path, frames: int = 3, size: int = 16, fps: float = 8) -> Path:
@@ -192,8 +194,8 @@ def test_every_gap_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     partial = score(videos, tmp_path / "other", [FLICKER], allow_partial=True)
     one = partial["dimensions"][FLICKER]
     assert one["partial"] and one["n"] == 14 and one["missing"] == 1 and partial["totals"] is None
-    summary = json.loads((tmp_path / "other" / "scores" / "summary.json").read_text())
-    assert summary[FLICKER]["partial"] and summary[FLICKER]["completeness"] == pytest.approx(14 / 15)
+    entries = json.loads((tmp_path / "other" / "scores" / "summary.json").read_text())
+    assert entries[FLICKER]["partial"] and entries[FLICKER]["completeness"] == pytest.approx(14 / 15)
 
 
 def test_a_small_run_is_scored_where_it_has_videos(
@@ -293,8 +295,8 @@ def test_the_static_filter_keeps_the_first_five_still_ones(tmp_path: Path, monke
     assert (
         off["dimensions"][FLICKER]["value"] == pytest.approx(0.02) and not off["protocol"]["static_filter"]["applied"]
     )
-    summary = json.loads((tmp_path / "off" / "scores" / "summary.json").read_text())
-    assert "without static filter" in summary[FLICKER]["metric_version"]
+    entries = json.loads((tmp_path / "off" / "scores" / "summary.json").read_text())
+    assert "without static filter" in entries[FLICKER]["metric_version"]
     for index in (9, 11):
         (videos / f"a clock.-{index}.mp4").unlink()
     with pytest.raises(IncompleteError, match=r"1 of 3 prompts.*'a clock\.' lacks 1.*Sample more"):
@@ -344,18 +346,32 @@ def test_diversity_of_the_samples_of_a_prompt(tmp_path: Path, monkeypatch: pytes
         file = Path(video["path"]).resolve().name
         return list(vectors[file[1]] if video["prompt"] == "a" else unit[2])
 
-    monkeypatch.setattr(weights, "check", lambda task, unverified=False: None)
     asked = answer_with(monkeypatch, feature)
     entry = diversity.score_diversity(
         videos, tmp_path / "run", "dino", options=scoring.Options(prompts={**prompts, "single.mp4": "c"})
     )
     assert entry["value"] == pytest.approx((2 / 3 + 0) / 2) and entry["n"] == 6 and len(asked) == 6
-    assert entry["low"] == pytest.approx(0, abs=1e-12) and entry["high"] == pytest.approx(2 / 3)
+    assert entry["low"] == 0 and entry["high"] == 2  # two prompts say little
     assert "diversity_dino" in json.loads((tmp_path / "run" / "scores" / "summary.json").read_text())
     with pytest.raises(ConfigError, match="Nobody knows"):
         diversity.score_diversity(videos, tmp_path / "run", "clip")
     with pytest.raises(IncompleteError, match="no diversity"):
         diversity.score_diversity(videos, tmp_path / "run", "clip", options=scoring.Options(prompts={"a0.mp4": "a"}))
+
+
+def test_diversity_of_an_interrupted_run_is_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"prompts": {"count": 2}, "samples_per_prompt": 2, "lines": None, "limit": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    names = ["00000-0.mp4", "00000-1.mp4", "00001-0.mp4"]  # 00001-1.mp4 was to follow
+    rows = [{"video": name, "prompt": name[:5], "line": int(name[:5]), "index": int(name[6])} for name in names]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in names:
+        clip(tmp_path / "videos" / name)
+    answer_with(monkeypatch, lambda name, video: [1.0, float(zlib.crc32(video["key"].encode()) % 7)])
+    entry = diversity.score_diversity(tmp_path, tmp_path, "dino")
+    assert entry["completeness"] == 0.5 and entry["partial"] and "00001-1.mp4" in capsys.readouterr().err
 
 
 def test_a_run_s_samples_beyond_the_fifth_belong_to_its_plan(tmp_path: Path) -> None:
@@ -378,6 +394,12 @@ def test_no_gpu_and_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert runner.devices("cuda:1", None).gpus == ("6",) and runner.devices("cuda", None).count == 2
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"more processes than there are GPUs here \(2\)"):
+        runner.devices("cuda", None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runner.devices("cuda", None).gpus == ("6",)
     for wrong, sentence in (("gpu", "must be cpu, cuda or cuda:NUMBER"), ("cuda:2", "no GPU 2 here"), ("cuda:x", "be")):
         with pytest.raises(ConfigError, match=sentence):
             runner.devices(wrong, None)
@@ -406,32 +428,23 @@ def test_a_whole_protocol_starts_only_when_all_sixteen_are_ready(monkeypatch: py
 def test_totals_come_when_the_sixteenth_does_and_go_when_one_is_partial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = tmp_path / "all.json"
-    info.write_text(json.dumps([{"prompt_en": p, "dimension": list(DIMENSIONS)} for p in ("a cup", "a dog")]))
-    monkeypatch.setattr(runner, "full_info", lambda: info)
-    videos, run = tmp_path / "videos", tmp_path / "run"
-    for prompt in ("a cup", "a dog"):
-        for index in range(5):
-            clip(videos / f"{prompt}-{index}.mp4")
-    extra = {"frame_pairs": 2, "cnt_per_video": 2, "frame_count": 16, "frame_results": [0.5] * 16}
-    answer_with(monkeypatch, by_name)
-    monkeypatch.setattr(Results, "add", _add_with(extra))
+    videos, run = sixteen(tmp_path, monkeypatch), tmp_path / "run"
     names = list(DIMENSIONS)
     first = score(videos, run, names[:9])
     assert first["totals"] is None and len(first["dimensions"]) == 9
     record = score(videos, run, names[9:])
     assert len(record["dimensions"]) == 16 and not record["not_measured"]
-    summary = json.loads((run / "scores" / "summary.json").read_text())
+    entries = json.loads((run / "scores" / "summary.json").read_text())
     from tmd_eval.vbench.totals import totals
 
-    expected = totals({name: summary[name]["value"] for name in DIMENSIONS})
+    expected = totals({name: entries[name]["value"] for name in DIMENSIONS})
     for key, value in expected._asdict().items():
-        assert summary[key]["value"] == pytest.approx(value, abs=1e-12) == record["totals"][key]["value"]
-        assert summary[key]["low"] <= summary[key]["value"] <= summary[key]["high"]
+        assert entries[key]["value"] == pytest.approx(value, abs=1e-12) == record["totals"][key]["value"]
+        assert entries[key]["low"] <= entries[key]["value"] <= entries[key]["high"]
     (videos / "a dog-4.mp4").unlink()
     partial = score(videos, run, ["scene"], allow_partial=True)
-    summary = json.loads((run / "scores" / "summary.json").read_text())
-    assert partial["totals"] is None and not set(expected._asdict()) & set(summary) and len(summary) == 16
+    entries = json.loads((run / "scores" / "summary.json").read_text())
+    assert partial["totals"] is None and not set(expected._asdict()) & set(entries) and len(entries) == 16
 
 
 def _add_with(extra: dict[str, Any]) -> Callable[..., None]:
@@ -441,3 +454,109 @@ def _add_with(extra: dict[str, Any]) -> Callable[..., None]:
         add(self, path, None if row is None else {**row, **extra})
 
     return more
+
+
+def sixteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two prompts' videos, on which all sixteen dimensions are scored."""
+    info = tmp_path / "all.json"
+    info.write_text(json.dumps([{"prompt_en": p, "dimension": list(DIMENSIONS)} for p in ("a cup", "a dog")]))
+    monkeypatch.setattr(runner, "full_info", lambda: info)
+    for prompt in ("a cup", "a dog"):
+        for index in range(5):
+            clip(tmp_path / "videos" / f"{prompt}-{index}.mp4")
+    extra = {"frame_pairs": 2, "cnt_per_video": 2, "frame_count": 16, "frame_results": [0.5] * 16}
+    answer_with(monkeypatch, by_name)
+    monkeypatch.setattr(Results, "add", _add_with(extra))
+    return tmp_path / "videos"
+
+
+def test_scores_of_other_videos_never_enter_one_total(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, run = sixteen(tmp_path, monkeypatch), tmp_path / "run"
+    names = list(DIMENSIONS)
+    score(videos, run, names[:15])
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in videos.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert score(copy, run, names[15:])["totals"] is not None  # the same bytes in another folder
+    clip(copy / "a dog-3.mp4", frames=3, size=16).write_bytes((copy / "a cup-0.mp4").read_bytes())
+    capsys.readouterr()
+    record = score(copy, run, names[15:])
+    assert record["totals"] is None and list(record["dimensions"]) == names[15:]
+    assert names[0] in capsys.readouterr().err
+    assert set(json.loads((run / "scores" / "summary.json").read_text())) == {names[15]}
+    assert [path.stem for path in (run / "scores").glob("*.jsonl")] == [names[15]]
+    assert score(copy, run, names[:15])["totals"] is not None
+    (run / "scores" / "videos.json").unlink()  # as scored before this was recorded: nobody knows the videos
+    assert score(copy, run, names[15:])["totals"] is None
+    other = tmp_path / "other"
+    clip(other / "x.mp4"), score(other, tmp_path / "own", ["imaging_quality"])
+    (other / "x.mp4").rename(other / "y.mp4")
+    assert list(score(other, tmp_path / "own", [FLICKER])["dimensions"]) == [FLICKER]
+
+
+def test_a_later_call_keeps_what_is_true_of_earlier_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos, run = sixteen(tmp_path, monkeypatch), tmp_path / "run"
+    for prompt in ("a cup", "a dog"):
+        clip(videos / f"{prompt}-5.mp4")
+    monkeypatch.setattr(weights, "check", lambda task, unverified=False: None)
+    answer_with(monkeypatch, lambda name, video: 1.0)
+    score(videos, run, [FLICKER], unverified=True)
+    record = score(videos, run, ["imaging_quality"])
+    assert record["protocol"]["static_filter"]["applied"] and record["unverified_weights"]
+    assert {one["device"] for one in record["dimensions"].values()} == {"cpu"}
+    record = score(videos, run, [FLICKER], static_filter=False)
+    assert not record["protocol"]["static_filter"]["applied"] and not record["unverified_weights"]
+
+
+def test_two_processes_take_turns_at_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip(tmp_path / "videos" / "x.mp4")
+    answer_with(monkeypatch, by_name)
+    run = tmp_path / "run"
+    other = threading.Thread(target=score, args=(tmp_path / "videos", run, ["imaging_quality"]))
+    with summary.locked(run):
+        other.start()
+        other.join(1.5)
+        assert other.is_alive() and not (run / summary.RECORD).exists()
+    other.join(60)
+    score(tmp_path / "videos", run, [FLICKER])
+    assert set(summary.read_record(run)["dimensions"]) == {"imaging_quality", FLICKER}
+
+
+def test_samples_beyond_the_fifth_are_checked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = whole_set(tmp_path / "videos", samples=6)
+    (videos / "a clock.-5.mp4").write_bytes(b"cut")
+    clip(videos / "a still cup-5.mp4", frames=7)
+    for name in ("a clock.-0 copy", "a clock.-06", "a clock.-x"):
+        clip(videos / f"{name}.mp4")
+    answer_with(monkeypatch, lambda name, video: 1.0)
+    with pytest.raises(IncompleteError, match=r"2 of 18.*a still cup-5\.mp4 \(7 frames.*a clock\.-5\.mp4 \(unread"):
+        score(videos, tmp_path / "run", [FLICKER])
+    assert "a clock.-0 copy.mp4, a clock.-06.mp4, a clock.-x.mp4" in capsys.readouterr().err
+    record = score(videos, tmp_path / "run", [FLICKER], allow_partial=True)
+    assert record["protocol"]["static_filter"]["videos"] == 16 and record["dimensions"][FLICKER]["n"] == 15
+    assert "a clock.-5.mp4 (unreadable" in capsys.readouterr().err
+
+
+def test_the_filter_s_weights_are_checked_before_any_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = whole_set(tmp_path / "videos", samples=6)
+    monkeypatch.undo()
+    monkeypatch.setattr(runner, "check_ready", lambda dimension, unverified=False: None)
+    monkeypatch.setattr(runner, "full_info", lambda: tmp_path / "info.json")
+    monkeypatch.setenv("TMD_EVAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(scoring, "inspect_videos", lambda *_: pytest.fail("a video was decoded"))
+    for wanted in (None, True):
+        with pytest.raises(EnvironmentMissingError, match=r"raft-things\.pth is missing.*--no-static-filter"):
+            score(videos, tmp_path / "run", [FLICKER], static_filter=wanted)
+
+
+def test_an_out_that_cannot_be_written_to_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip(tmp_path / "videos" / "x.mp4")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(scoring, "inspect_videos", lambda *_: pytest.fail("a video was decoded"))
+    with pytest.raises(ConfigError, match="Cannot write to"):
+        score(tmp_path / "videos", tmp_path / "file" / "run", [FLICKER])

@@ -170,6 +170,42 @@ def test_comparison_of_two_runs(tmp_path: Path) -> None:
         compare_runs(a, tmp_path)
 
 
+def test_a_comparison_takes_only_what_both_records_hold(tmp_path: Path) -> None:
+    a, b = scored_run(tmp_path / "a"), scored_run(tmp_path / "b")
+    record = json.loads((b / summary.RECORD).read_text())
+    del record["dimensions"]["scene"]  # its rows are of an earlier protocol
+    record["protocol"]["static_filter"] = {"applied": True, "videos": 60}
+    (b / summary.RECORD).write_text(json.dumps(record))
+    found = compare_runs(a, b)
+    assert set(found["differences"]) == set(DIMENSIONS) - {"scene"}  # and so no totals
+    assert found["warnings"] == ["static_filter of temporal_flickering differs: False and True"]
+    record["protocol"]["static_filter"] = {"applied": False}
+    (b / summary.RECORD).write_text(json.dumps(record))
+    assert compare_runs(a, b)["warnings"] == []
+
+
+def test_intervals_of_few_prompts_are_as_wide_as_the_leaderboard_s() -> None:
+    from leaderboard.stats import paired_differences
+
+    rng = np.random.default_rng(5)
+    for count in (5, 8, 30):
+        names = [f"p{i:02d}" for i in range(count)]
+        a, b = rng.normal(0.5, 0.05, (2, count))
+        board = paired_differences({(0, 1): (dict(enumerate(b)), dict(enumerate(a)))})[0, 1]
+        ones = [{"scene": statistics.sums(names, list(values), [1.0] * count)} for values in (a, b)]
+        ours = statistics.differences(*ones)["scene"]
+        assert ours.value == pytest.approx(board.value) and ours.low is not None and ours.high is not None
+        assert ours.high - ours.low == pytest.approx(board.high - board.low, rel=0.08)
+        value, low, high = statistics.interval(ones[0]["scene"])
+        drawn = np.quantile(statistics.resample(ones[0])["scene"], [0.025, 0.975])
+        assert [low, high] == pytest.approx(list(value + statistics.wider(count) * (drawn - value)))
+    few = statistics.sums(["a", "b", "c"], [0.2, 0.5, 0.9], [1.0] * 3)
+    assert statistics.differences({"scene": few}, {"scene": few})["scene"].low is None
+    value, low, high = statistics.interval(few)
+    assert (low, high) == (0, 1)  # never beyond what a score can be
+    assert statistics.wider(2) == pytest.approx(2**0.5 * 12.7062 / 1.959964, rel=1e-4) and statistics.wider(1) == 1
+
+
 def test_the_official_formula_on_the_exported_zip_gives_our_total(tmp_path: Path) -> None:
     run = scored_run(tmp_path / "run")
     path = export_zip(run, tmp_path / "out.zip")
@@ -197,3 +233,5 @@ def test_the_official_formula_on_the_exported_zip_gives_our_total(tmp_path: Path
     with pytest.raises(IncompleteError, match=r"scene not measured; color partial"):
         export_zip(run, tmp_path / "partial.zip")
     assert not (tmp_path / "partial.zip").exists()
+    with pytest.raises(ConfigError, match="in a folder that exists"):
+        export_zip(run, tmp_path / "absent" / "x.zip")

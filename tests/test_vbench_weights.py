@@ -9,6 +9,7 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -114,6 +115,26 @@ def test_an_offline_copy_in_either_layout(tmp_path: Path) -> None:
     assert weights.install(source, ["dynamic_degree"]) == {}
     with pytest.raises(ConfigError, match="no folder"):
         weights.install(tmp_path / "absent", ["color"])
+
+
+def test_files_of_one_name_are_told_apart_by_their_hash(
+    own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DINO and DINOv2 both have a vision_transformer.py; code of another hash is never taken, as it would be run."""
+    path = "dino_model/facebookresearch_dino_main/vision_transformer.py"
+    source = tmp_path / "brought"
+    for folder, text in (("a", "of DINOv2"), ("b", "of DINO")):
+        (source / folder).mkdir(parents=True)
+        (source / folder / "vision_transformer.py").write_text(text)
+    file = replace(BY_PATH[path], sha256=hashlib.sha256(b"of DINO").hexdigest())
+    monkeypatch.setattr(weights, "needed", lambda dimensions: [file])
+    for unverified in (False, True):
+        assert weights.install(source, ["subject_consistency"], unverified=unverified) == {}
+        assert (weights.folder() / path).read_text() == "of DINO"
+        (weights.folder() / path).unlink()
+    (source / "b" / "vision_transformer.py").write_text("changed")
+    failed = weights.install(source, ["subject_consistency"], unverified=True)
+    assert "SHA-256" in failed[path] and not (weights.folder() / path).exists()
 
 
 def test_dino_s_two_places(own_home: Path) -> None:

@@ -81,9 +81,12 @@ def main() -> None:
     """Entry point of the console script."""
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on where it stopped", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130 and isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            typer.echo(
+                "interrupted; run the same command again to go on where it stopped", err=True
+            )  # typer says nothing
+        raise
     except Exception as error:  # the last resort: one sentence instead of a traceback
         if os.environ.get("TMD_EVAL_DEBUG") == "1":
             raise

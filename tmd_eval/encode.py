@@ -85,7 +85,10 @@ def find_clips(folder: Path, captions: Path | None) -> tuple[list[Clip], int]:
         text = known.get(path.name)
         beside = path.with_suffix(".txt")
         if text is None and captions is None and beside.is_file():
-            text = beside.read_text("utf-8-sig").strip()
+            try:
+                text = beside.read_text("utf-8-sig").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{beside} cannot be read as text ({error}); save it as UTF-8.") from None
         if text:
             clips.append(Clip(path, text))
     if not clips:
@@ -108,7 +111,8 @@ def _read_captions(path: Path) -> dict[str, str]:
         try:
             row = json.loads(line)
             name = next(str(row[key]) for key in FILE_KEYS if key in row)
-            known[Path(name).name] = next(str(row[key]) for key in TEXT_KEYS if key in row).strip()
+            text = next(row[key] for key in TEXT_KEYS if key in row)
+            known[Path(name).name] = "" if text is None else str(text).strip()  # null: no caption
         except (ValueError, TypeError, StopIteration):
             raise ConfigError(
                 f"{path}, line {number}: not a JSON object with one of {', '.join(FILE_KEYS)} and one of "

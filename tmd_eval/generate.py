@@ -24,6 +24,7 @@ from tmd_eval.video import default_lossless
 from tmd_eval.video_set import MANIFEST, Unit
 
 if TYPE_CHECKING:
+    from students.base import Base
     from students.checkpoint import Checkpoint
 
 LINE_STRIDE = 100_000
@@ -224,6 +225,8 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
     if base.vae_tiling:
         size["vae_tiling"] = True
     decisive = {"checkpoint": checkpoint.hash, "base": base.hash, "dtype": str(base.dtype), **model, **size}
+    if checkpoint.kind == "teacher":  # the base's hash is of weights only
+        decisive |= sampled_by(base, model["guidance"])
     stride = settings.line_stride
     if stride is None:
         stride = 0 if prompts.named_by_prompt else LINE_STRIDE
@@ -270,8 +273,21 @@ def plan(checkpoint: Checkpoint, prompts: PromptSet, out: Path, settings: Settin
     )
 
 
+def sampled_by(base: Base, guidance: float) -> dict[str, Any]:
+    """What decides a teacher's samples beside weights, steps and guidance: negative prompt and scheduler.
+
+    Args:
+        base: the teacher.
+        guidance: w; without guidance (1 or less) the negative prompt does nothing.
+    """
+    scheduler = {k: str(v) for k, v in sorted(base.scheduler.config.items()) if not k.startswith("_")}
+    return {"negative_prompt": base.negative_prompt if guidance > 1 else None, "scheduler": scheduler}
+
+
 def _batch_size(settings: Settings, height: int, width: int) -> int:
     return settings.batch_size or (16 if default_lossless(height, width) else 1)
 
 
-__all__ = ["MANIFEST", "Plan", "Settings", "check_target", "generate_run", "make", "open_model", "plan", "run"]
+__all__ = [
+    "MANIFEST", "Plan", "Settings", "check_target", "generate_run", "make", "open_model", "plan", "run", "sampled_by",
+]  # fmt: skip

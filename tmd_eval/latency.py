@@ -123,6 +123,7 @@ def measure(
         told: called after every run, timed or not.
     """
     base, device = checkpoint.base, checkpoint.base.device
+    _ = checkpoint.network, base.vae, base._text_pipeline  # loaded here: no part of a timed run, even with no warm-up
     rows = []
     teacher = checkpoint.kind == "teacher"
     for m in (protocol.teacher_m,) if teacher else (protocol.m or (None,)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from students.errors import ConfigError, EnvironmentMissingError
-from tmd_eval.files import write_json
+from tmd_eval.files import write_atomic, write_json
 from tmd_eval.prompts import PromptSet
 from tmd_eval.provenance import provenance
 
@@ -70,13 +70,15 @@ def extend(
         out, texts (in the file now), made (by this call), and the record.
 
     Raises:
-        ConfigError: ``out`` holds texts made with other settings or of other prompts.
+        ConfigError: a bad ``limit``, or ``out`` holds texts made with other settings or of other prompts.
         EnvironmentMissingError: the model is not here and cannot be fetched.
     """
     from tqdm import tqdm
 
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out must end in .jsonl, not {out.name!r}.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {limit}.")
     wanted = list(enumerate(prompts.prompts))[:limit]
     out.parent.mkdir(parents=True, exist_ok=True)
     tell, digest = _load(settings, device)
@@ -110,7 +112,7 @@ def _resume(out: Path, decisive: dict[str, Any], prompts: PromptSet) -> set[int]
     data = out.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
-        out.write_bytes(whole)
+        write_atomic(out, whole)
     rows = [json.loads(line) for line in whole.decode().splitlines()]
     if any(prompts.prompts[row["line"]] != row["prompt"] for row in rows):
         raise ConfigError(f"{out} holds texts of other prompts; choose another --out.")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import urllib.request
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 from students.errors import ConfigError, EnvironmentMissingError
@@ -54,20 +55,24 @@ def with_texts(prompts: PromptSet, source: str) -> PromptSet:
             lines that ``tmd-eval prompts extend`` writes.
 
     Raises:
-        ConfigError: no such file, or not one text a prompt.
+        ConfigError: no such file, not one text a prompt, a blank one, or texts of other prompts.
         EnvironmentMissingError: a known list that is not here and could not be fetched.
     """
     if source in KNOWN:
         texts = _known(source).splitlines()
     else:
-        texts = _read(Path(source).expanduser())
+        texts = _read(Path(source).expanduser(), prompts)
+        if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:
+            raise ConfigError(
+                f"Text {empty[0]} of {source} is blank, so those after it may be of other prompts; give one a line."
+            )
     if prompts.name == "vbench" and len(texts) == 946:
         texts = _one_each(texts, len(prompts.prompts))
-    if len(texts) < len(prompts.prompts):
+    if len(texts) != len(prompts.prompts):
         raise ConfigError(
             f"{source} has {len(texts)} texts for {len(prompts.prompts)} prompts; give one a line, in their order."
         )
-    return replace(prompts, texts=tuple(texts[: len(prompts.prompts)]), texts_name=Path(source).name)
+    return replace(prompts, texts=tuple(texts), texts_name=Path(source).name)
 
 
 def _one_each(texts: list[str], count: int) -> list[str]:
@@ -80,7 +85,7 @@ def _one_each(texts: list[str], count: int) -> list[str]:
     return list(first.values())[:count]
 
 
-def _read(path: Path) -> list[str]:
+def _read(path: Path, prompts: PromptSet) -> list[str]:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -88,28 +93,46 @@ def _read(path: Path) -> list[str]:
             f"{str(path)!r} is neither a text file with one text a line nor one of {', '.join(KNOWN)} ({error})."
         ) from error
     if path.suffix != ".jsonl":
-        return [line.strip() for line in lines if line.strip()]
+        return [line.strip() for line in lines]
     try:
-        return [str(json.loads(line)["text"]) for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [json.loads(line) for line in lines]
+        texts = [str(row["text"]) for row in rows]
+        for place, row in enumerate(rows):
+            line, prompt = row.get("line", place), row.get("prompt")
+            known = prompts.prompts[place] if place < len(prompts.prompts) else None
+            if line != place or (prompt is not None and known is not None and prompt != known):
+                raise ConfigError(
+                    f"Row {place + 1} of {path} is of line {line} and {prompt!r}, not of line {place} and {known!r}; "
+                    "give the texts of these prompts, in their order."
+                )
+        return texts
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not what tmd-eval prompts extend writes ({error!r}).") from error
 
 
 def _known(name: str) -> str:
     known, path = KNOWN[name], home() / "vbench-prompts" / f"{name}.txt"
-    if not path.is_file():
-        url = f"{_SOURCE}/{known.path}"
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply:
-                data = reply.read()
-        except OSError as error:
-            raise EnvironmentMissingError(
-                f"The list {name} is not here and cannot be fetched ({getattr(error, 'reason', error)}); put the file "
-                f"of {url} at {path}."
-            ) from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != known.sha256:
-        raise ConfigError(f"{path} has SHA-256 {found[:12]}..., not {known.sha256[:12]}...; delete it and try again.")
-    return path.read_text("utf-8")
+    url = f"{_SOURCE}/{known.path}"
+    if path.is_file():
+        data = path.read_bytes()
+        if (found := hashlib.sha256(data).hexdigest()) != known.sha256:
+            raise ConfigError(
+                f"{path} has SHA-256 {found[:12]}..., not {known.sha256[:12]}...; delete it and try again."
+            )
+        return data.decode()
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            data = reply.read()
+    except (OSError, HTTPException) as error:
+        raise EnvironmentMissingError(
+            f"The list {name} is not here and cannot be fetched ({getattr(error, 'reason', error)}); put the file "
+            f"of {url} at {path}."
+        ) from error
+    if (found := hashlib.sha256(data).hexdigest()) != known.sha256:
+        raise EnvironmentMissingError(
+            f"What came from {url} has SHA-256 {found[:12]}..., not {known.sha256[:12]}...; put the right file "
+            f"at {path}."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+    return data.decode()

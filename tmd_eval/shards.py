@@ -117,7 +117,8 @@ def _claim(plan: Plan[Any], base: Base) -> None:
     """Write what decides the content, or refuse a folder that was begun with something else."""
     path, wanted = plan.folder / SOURCE, {**plan.source, "shard_size": plan.shard_size, "base_hash": base.hash}
     wanted["latent_shape"] = list(base.latent_shape)  # the hash is of weights only; older folders do not have this
-    if path.exists():
+    strange = any(plan.folder.iterdir()) and not any(plan.folder.glob(".tmp-*"))
+    if path.exists():  # looked for last: another rank may just have begun
         begun = json.loads(path.read_text("utf-8"))
         for key in sorted(begun):
             if begun.get(key) != wanted.get(key):
@@ -126,7 +127,7 @@ def _claim(plan: Plan[Any], base: Base) -> None:
                     "choose another --out, or the same settings."
                 )
         return
-    if any(plan.folder.iterdir()) and not any(plan.folder.glob(".tmp-*")):
+    if strange:
         raise ConfigError(f"{plan.folder} is not empty and holds no data that were begun; choose another --out.")
     write_json(path, wanted)
 

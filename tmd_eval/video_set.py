@@ -155,7 +155,7 @@ def check_writable(run: Path) -> None:
         (run / VIDEOS).mkdir(parents=True, exist_ok=True)
         probe = run / VIDEOS / f"{TEMPORARY}probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # torchrun's ranks share it
     except OSError as error:
         if is_disk_full(error):
             raise disk_full(run) from error

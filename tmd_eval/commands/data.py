@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from students.base import Base
 
 app = typer.Typer(
@@ -95,6 +97,7 @@ def synthesize(
     """
     from students.errors import ConfigError
     from tmd_eval import encode as encoding
+    from tmd_eval.generate import sampled_by
     from tmd_eval.prompts import load_prompts
     from tmd_eval.shards import dtype_of
 
@@ -107,10 +110,16 @@ def synthesize(
     }  # fmt: skip
     kind = dtype_of(dtype)
 
-    def make(model: Base) -> Any:
-        return encoding.synthesizer(model, m, model.guidance if guidance is None else guidance, kind)
+    def own(model: Base) -> float:
+        return model.guidance if guidance is None else guidance
 
-    _run(base, out, source, items, make, shard_size, batch_size, device, verify, dry_run, json_)
+    def make(model: Base) -> Any:
+        return encoding.synthesizer(model, m, own(model), kind)
+
+    def facts(model: Base) -> dict[str, Any]:
+        return {"w": own(model), "text_length": model.text_length, **sampled_by(model, own(model))}
+
+    _run(base, out, source, items, make, shard_size, batch_size, device, verify, dry_run, json_, facts)
 
 
 def _checked(limit: int | None) -> int | None:
@@ -133,7 +142,9 @@ def _run(
     verify: bool,
     dry_run: bool,
     json_: bool,
+    facts: Callable[[Base], dict[str, Any]] = lambda model: {},
 ) -> None:
+    import dataclasses
     import hashlib
     import json
 
@@ -161,6 +172,7 @@ def _run(
     else:
         low = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         model = load_base(base, device=ranks.device, dtype=low)
+        plan = dataclasses.replace(plan, source={**source, **facts(model)})  # only the model knows its own settings
         report = make_shards(plan, make(model), model, verify=verify, progress=ranks.main)
         text = _describe(report)
     if json_:

@@ -48,12 +48,19 @@ def latency(
         repeats=repeats, warmup=warmup, batches=tuple(batch or (1,)), m=tuple(m or ()), teacher_m=teacher_m
     )
     if dry_run:
+        planned = []
         for ref in ckpt:
             model = open_model(ref, device)
             for steps in (teacher_m,) if model.kind == "teacher" else (protocol.m or (None,)):
-                nfe = model.settings(steps)["effective_nfe"]
-                shown = ", ".join(map(str, protocol.batches))
-                typer.echo(f"{model.name}: effective NFE {nfe:.4g}, batch {shown}, {warmup} + {repeats} runs")
+                settings = model.settings(steps)
+                planned.append({"name": model.name, **{key: settings[key] for key in ("method", "m", "effective_nfe")}})
+        plan = {"rows": planned, "batches": list(protocol.batches), "warmup": warmup, "repeats": repeats}
+        shown = ", ".join(map(str, protocol.batches))
+        lines = [
+            f"{row['name']}: effective NFE {row['effective_nfe']:.4g}, batch {shown}, {warmup} + {repeats} runs"
+            for row in planned
+        ]
+        typer.echo(json.dumps(plan) if json_ else "\n".join(lines))
         return
     rows = []
     place = "cpu"

@@ -98,20 +98,29 @@ def vbench(
 
     from students.errors import ConfigError, IncompleteError
     from tmd_eval import generate as generation
-    from tmd_eval.vbench import long, plan, runner
+    from tmd_eval.vbench import long, plan, runner, weights
     from tmd_eval.vbench import score as scoring
     from tmd_eval.vbench.environment import python
-    from tmd_eval.video_set import MANIFEST
 
     if (ckpt is None) == (videos is None):
         raise ConfigError("Give either --ckpt CHECKPOINT or --videos DIR.")
     if out is None:
         raise ConfigError("Give --out RUN, the folder for the scores.")
+    _refuse_misplaced(context, with_videos=videos is not None)
+    if videos is not None:
+        _refuse_other_run(videos, out)
     python()
     small = not (num_prompts is None and limit is None and samples_per_prompt is None)
     custom = prompts != "vbench" if videos is None else prompt_file is not None or not plan.is_standard(videos)
     whole = ckpt is not None and not custom and not small
     names = _dimensions(dimensions, custom, whole=whole, un=unverified_weights, rule=long.check_rule(protocol))
+    if static_filter and (FLICKER not in names or custom):
+        raise ConfigError(
+            "--static-filter belongs to temporal_flickering of VBench's own prompts; leave it out, or score those."
+        )
+    if static_filter:
+        weights.check(runner.STATIC, unverified=unverified_weights)
+    captions = vbench_results.read_captions(prompt_file)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processes = runner.devices(device, workers, engine)
     folder = videos or out
@@ -129,7 +138,7 @@ def vbench(
             n,
             guidance,
             batch_size,
-            protocol == "vbench" and _filtering(names, static_filter, samples_per_prompt),
+            protocol == "vbench" and _filtering(names, static_filter, samples_per_prompt, un=unverified_weights),
         )
         if dry_run:
             work = generation.plan(generation.open_model(ckpt, device), chosen, out, settings)
@@ -138,7 +147,6 @@ def vbench(
             typer.echo(json.dumps(result) if json_ else text)
             return
         generation.run(ckpt, chosen, out, settings, device=device)
-    captions = vbench_results.read_captions(prompt_file)
     if dry_run:
         found = {name: plan.select(folder, name, prompts=captions) for name in names}
         counts = {name: {"videos": len(s.videos), "missing": len(s.missing)} for name, s in found.items()}
@@ -156,7 +164,7 @@ def vbench(
     if not record:  # another rank than the first
         return
     recorded = None
-    if (out / "config.yaml").is_file() and (out / MANIFEST).is_file():  # else nobody knows what made the videos
+    if _same_folder(plan.locate(folder)[0], out) and (out / "config.yaml").is_file():  # else nobody knows the model
         from leaderboard.record import record_run
 
         recorded = record_run(db, out)
@@ -201,19 +209,50 @@ def _dimensions(given: list[str] | None, custom: bool, *, whole: bool, un: bool,
     return [name for name in possible if name not in lacking]
 
 
-def _filtering(names: list[str], wanted: bool | None, samples: int | None) -> bool:
+def _filtering(names: list[str], wanted: bool | None, samples: int | None, *, un: bool) -> bool:
     """Whether flickering's prompts get the 25 samples that the static filter chooses from."""
-    from students.errors import EnvironmentMissingError
     from tmd_eval.vbench import weights
-    from tmd_eval.vbench.dimensions import FILTER_WEIGHTS
+    from tmd_eval.vbench.runner import STATIC
 
-    there = all((weights.folder() / path).is_file() for path in FILTER_WEIGHTS)
-    if wanted and not there:
-        raise EnvironmentMissingError(
-            f"The static filter needs {weights.folder() / FILTER_WEIGHTS[0]}; get it with: tmd-eval vbench setup "
-            "--fetch, or give --no-static-filter."
+    if FLICKER not in names or wanted is False:
+        return False
+    return samples is None and (bool(wanted) or not weights.problems(STATIC, unverified=un))
+
+
+def _refuse_misplaced(context: typer.Context, *, with_videos: bool) -> None:
+    """Refuse options that would do nothing, or fail only after the videos are generated."""
+    from students.errors import ConfigError
+
+    makes = (
+        "prompts", "texts", "m", "n", "guidance", "num_prompts", "samples_per_prompt", "seed", "seed_rule", "limit",
+        "batch_size",
+    )  # fmt: skip
+    names = makes if with_videos else ("prompt_file",)
+    given = [
+        "--" + name.replace("_", "-")
+        for name in names
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if given:
+        why = "--videos: they are there already" if with_videos else "--ckpt: the run knows its videos' prompts"
+        raise ConfigError(f"Leave out {', '.join(given)}, of no use with {why}.")
+
+
+def _refuse_other_run(videos: Path, out: Path) -> None:
+    """Refuse to mix scores of other videos into a run: they would be recorded as its model's."""
+    from students.errors import ConfigError
+    from tmd_eval.vbench import plan
+    from tmd_eval.video_set import MANIFEST
+
+    if (out / MANIFEST).is_file() and not _same_folder(plan.locate(videos)[0], out):
+        raise ConfigError(
+            f"{out} is a run with videos of its own, and {videos} holds others; score them into another --out, or give "
+            f"--videos {out}."
         )
-    return FLICKER in names and samples is None and (there if wanted is None else wanted)
+
+
+def _same_folder(one: Path | None, other: Path) -> bool:
+    return one is not None and one.resolve() == other.resolve()
 
 
 def _settings(
@@ -230,9 +269,12 @@ def _settings(
 
     if seed_rule not in (None, "index", "line"):
         raise ConfigError(f"--seed-rule must be index or line, not {seed_rule!r}.")
-    chosen = load_prompts(source, count=None if source == "vbench" else num_prompts)
+    whole = source == "vbench" or (texts is not None and source != "micro")  # texts belong to all prompts of a file
+    chosen = load_prompts(source, count=None if whole else num_prompts)
     if texts is not None:
         chosen = with_texts(chosen, texts)
+    if not chosen.named_by_prompt:
+        chosen = chosen.first(num_prompts)
     extra: dict[str, Any] = {}
     if chosen.named_by_prompt:
         place = {prompt: line for line, prompt in enumerate(chosen.prompts)}

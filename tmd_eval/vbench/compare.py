@@ -29,7 +29,9 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
         IncompleteError: no dimension in common, or no prompt.
     """
     records = [read_record(run) for run in (a, b)]
-    found = statistics.differences(read_sums(a), read_sums(b))
+    both = set(records[0]["dimensions"]) & set(records[1]["dimensions"])  # rows of others may be of an earlier protocol
+    sums_a, sums_b = ({k: one for k, one in read_sums(run).items() if k in both} for run in (a, b))
+    found = statistics.differences(sums_a, sums_b)
     if not found:
         raise IncompleteError(f"{a} and {b} have no dimension with a common prompt; score both on the same prompts.")
     dimensions = {name: one.p_value for name, one in found.items() if name in DIMENSIONS}
@@ -46,6 +48,9 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
         f"{key} differs: {protocols[0].get(key)} and {protocols[1].get(key)}"
         for key in SAME if protocols[0].get(key) != protocols[1].get(key)
     ]  # fmt: skip
+    filters = [bool((protocol.get("static_filter") or {}).get("applied")) for protocol in protocols]
+    if "temporal_flickering" in dimensions and filters[0] != filters[1]:
+        warnings.append(f"static_filter of temporal_flickering differs: {filters[0]} and {filters[1]}")
     if records[0]["version"] != records[1]["version"]:
         warnings.append(f"version differs: {records[0]['version']} and {records[1]['version']}")
     partial = [n for n in dimensions if any(r["dimensions"].get(n, {}).get("partial") for r in records)]

@@ -7,7 +7,9 @@ interval over prompts. 0: all samples alike. It stands beside VBench's totals, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from tmd_eval.vbench import plan, runner, statistics, weights
 from tmd_eval.vbench.plan import Selection, Video
 from tmd_eval.vbench.ranks import Ranks
 from tmd_eval.vbench.runner import Workers
-from tmd_eval.vbench.score import PARTS, Options, inspect_videos, items_of, run_jobs, usable
+from tmd_eval.vbench.score import Options, items_of, run_jobs
+from tmd_eval.vbench.summary import locked
+from tmd_eval.vbench.videos import PARTS, check_writable, inspect_videos, usable
 
 METRIC_VERSION = "pairwise-cosine-1"
 FEATURES = ("dino", "clip")
@@ -73,8 +77,9 @@ def score_diversity(
     weights.check(task, unverified=options.unverified)
     with Ranks() as ranks:
         selection = _groups(folder, options.prompts)
+        check_writable(out)
         found = inspect_videos([selection], out, ranks)
-        selection = usable(task, selection, found, None, options)
+        selection = usable(task, selection, found, None, allow_partial=options.allow_partial)
         items = items_of(task, selection, found, workers.engine)
         failed = run_jobs({task: items}, out, workers, ranks)
     if failed:
@@ -102,14 +107,18 @@ def score_diversity(
         [row["value"] for row in lines],
         [share[row["extra"]["prompt"]] for row in lines],
     )
-    value, low, high = statistics.interval(sums)
-    entry = {
+    value, low, high = statistics.interval(sums, most=2.0)  # 1 - cos
+    entry: dict[str, Any] = {
         "n": len(lines), "value": value, "low": low, "high": high,
         "completeness": len(selection.videos) / selection.expected, "metric_version": METRIC_VERSION,
         "weight_hashes": weights.hashes(task),
     }  # fmt: skip
-    write_rows(out, task, lines)
-    merge_summary(out, {task: entry})
+    if selection.missing:
+        entry["partial"] = True
+        print(f"diversity without {runner.list_names(selection.missing)}: marked partial", file=sys.stderr)
+    with locked(out):
+        write_rows(out, task, lines)
+        merge_summary(out, {task: entry})
     return entry
 
 
@@ -129,16 +138,19 @@ def _groups(folder: Path, prompts: Mapping[str, str] | None) -> Selection:
             "{file name: prompt}."
         )
     videos = [Video(path=files[name], prompt=known[name]) for name in files if name in known]
-    counts = _count([video.prompt for video in videos])
+    counts = Counter(video.prompt for video in videos)
     videos = [video for video in videos if counts[video.prompt] > 1]
     if not videos:
         raise IncompleteError(f"No prompt of {place} has two videos, so there is no diversity to measure.")
-    missing = [name for name, prompt in known.items() if name not in files and counts.get(prompt, 0) > 1]
+    wanted = known if prompts or run is None else _planned(run, folder) or known
+    samples = Counter(wanted.values())
+    there = {video.name for video in videos}
+    missing = [name for name, prompt in wanted.items() if name not in there and samples[prompt] > 1]
     return Selection(videos=videos, missing=missing, expected=len(videos) + len(missing), protocol="custom")
 
 
-def _count(prompts: Sequence[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for prompt in prompts:
-        counts[prompt] = counts.get(prompt, 0) + 1
-    return counts
+def _planned(run: Path, folder: Path) -> dict[str, str]:
+    """Name to what stands for its prompt of every video that a run is to hold; none where nobody knows."""
+    whole = dict.fromkeys(entry["prompt_en"] for entry in plan.full_info()) if plan.is_standard(folder) else None
+    names = video_set.planned_videos(run, None if whole is None else list(whole))
+    return {name: name.rpartition("-")[0] for name in names}

@@ -7,7 +7,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from students.errors import IncompleteError
+from students.errors import ConfigError, IncompleteError
 from tmd_eval.files import write_atomic
 from tmd_eval.vbench.dimensions import DIMENSIONS
 from tmd_eval.vbench.summary import read_record, read_sums
@@ -26,8 +26,11 @@ def export_zip(run: Path, target: Path) -> Path:
         The zip file.
 
     Raises:
+        ConfigError: the zip file cannot be there, or the run has no scores.
         IncompleteError: a dimension is missing or partial: the script would count it as 0, or as whole.
     """
+    if target.is_dir() or not target.parent.is_dir():
+        raise ConfigError(f"--out {target} must be a file in a folder that exists.")
     record, sums = read_record(run), read_sums(run)
     missing = [name for name in DIMENSIONS if name not in record["dimensions"] or name not in sums]
     partial = [name for name, one in record["dimensions"].items() if one["partial"]]

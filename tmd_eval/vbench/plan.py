@@ -8,6 +8,7 @@ VBench's about the prompt. VBench itself shrinks the denominator when videos are
 from __future__ import annotations
 
 import json
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -22,6 +23,8 @@ from tmd_eval import video_set
 from tmd_eval.vbench import runner
 from tmd_eval.vbench.dimensions import DIMENSIONS, SAMPLES
 
+SAMPLE_NAME = re.compile(r"(.*)-(?:0|[1-9][0-9]*)\.mp4", re.DOTALL)
+"""A prompt and the number of its sample, as VBench writes it: "-05" or "-0 copy" is none."""
 OTHER_FORMATS = (".mov", ".webm", ".gif", ".avi", ".mkv")
 
 
@@ -149,8 +152,9 @@ def select(
         )
         planned = [name for name in names if name in of_run]
     _refuse_twins(planned, files)
-    known = {f"{e['prompt_en']}-" for e in full_info()}
-    if strays := [name for name in files if name.rpartition("-")[0] + "-" not in known]:
+    known = {e["prompt_en"] for e in full_info()}
+    stems = {name: match[1] for name in files if (match := SAMPLE_NAME.fullmatch(name)) and match[1] in known}
+    if strays := [name for name in files if name not in stems]:
         print(f"not VBench's, left out: {runner.list_names(strays)}", file=sys.stderr)
     more = []
     if filtered:
@@ -158,7 +162,7 @@ def select(
             Video(path=files[name], prompt=prompt)
             for prompt in wanted
             for name in sorted(
-                (n for n in files if n.rpartition("-")[0] == prompt and n not in names), key=lambda n: (len(n), n)
+                (n for n, stem in stems.items() if stem == prompt and n not in names), key=lambda n: (len(n), n)
             )
         ]
     return Selection(

@@ -240,7 +240,8 @@ def devices(device: str, count: int | None, engine: str = "official") -> Workers
     Under torchrun each process is one worker, on the GPU of its ``LOCAL_RANK``.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none, the count is below 1, or the device or engine unknown.
+        ConfigError: a GPU is asked for and there is none (for this rank), the count is below 1, or the device or engine
+            unknown.
     """
     if engine not in ("official", "fast"):
         raise ConfigError(f"--engine must be official or fast, not {engine!r}.")
@@ -263,6 +264,11 @@ def devices(device: str, count: int | None, engine: str = "official") -> Workers
             raise ConfigError(f"There is no GPU {number} here for --device {device}; there are {len(names)}.")
         names = [names[int(number)]]
     elif local is not None:
+        if int(local) >= len(names):
+            raise ConfigError(
+                f"torchrun started more processes than there are GPUs here ({len(names)}); give --nproc-per-node "
+                f"{len(names)}, or --device cpu."
+            )
         names = [names[int(local)]]
     return Workers(count=count or len(names), device="cuda", gpus=tuple(names), engine=engine)
 

@@ -6,26 +6,20 @@ there is no total. A dimension that crashed, or gave something that is not a num
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from students.errors import ConfigError, IncompleteError
-from tmd_eval.files import write_atomic
-from tmd_eval.scores import write_rows
 from tmd_eval.vbench import long, plan, runner, weights
 from tmd_eval.vbench.dimensions import DIMENSIONS, FIRST_FRAMES, SAMPLES, check_dimension, engine_of
-from tmd_eval.vbench.plan import Facts, Selection, Video
+from tmd_eval.vbench.plan import Selection, Video
 from tmd_eval.vbench.ranks import Ranks
 from tmd_eval.vbench.runner import STATIC, Item, Job, Workers
 from tmd_eval.vbench.summary import Scored, write_summary
-
-PARTS = Path("scores", "parts")
+from tmd_eval.vbench.videos import PARTS, Found, check_writable, inspect_videos, promised, usable
 
 
 class NotMeasuredError(IncompleteError):
@@ -53,16 +47,6 @@ class Options:
     """One of ``long.RULES``."""
 
 
-@dataclass(kw_only=True)
-class Found:
-    """What is known of the videos before they are scored."""
-
-    facts: dict[Path, Facts] = field(default_factory=dict)
-    """Of every video that can be read."""
-    broken: dict[Path, str] = field(default_factory=dict)
-    """What is wrong with the others."""
-
-
 def score(
     folder: Path,
     out: Path,
@@ -84,7 +68,7 @@ def score(
         The content of ``scores/vbench.json``: protocol, scores, totals, what was not measured.
 
     Raises:
-        ConfigError: no such dimension or folder, or no video in it.
+        ConfigError: no such dimension or folder, no video in it, or an ``out`` that cannot be written to.
         IncompleteError: videos are missing, unreadable or odd; then nothing is scored.
         NotMeasuredError: a dimension could not be measured; the others are written.
         EnvironmentMissingError: VBench's environment or weights are missing.
@@ -108,9 +92,12 @@ def score(
         dimensions = list(selections)
         for name, selection in selections.items():
             plan.check_selection(name, selection, allow_partial=options.allow_partial)
+        check_writable(out)
         found = inspect_videos(selections.values(), out, ranks)
-        usual = _promised(folder)
-        selections = {name: usable(name, s, found, usual, options) for name, s in selections.items()}
+        usual = promised(folder)
+        selections = {
+            name: usable(name, s, found, usual, allow_partial=options.allow_partial) for name, s in selections.items()
+        }
         failed: dict[str, str] = {}
         filter_record = None
         videos = selections
@@ -136,9 +123,9 @@ def score(
         scored = {name: _collect(name, selections[name], items[name], out, failed) for name in dimensions}
         for name, cut in pieces.items():
             scored[name] = _by_video(scored[name], videos[name], cut, first, out, failed)
-        for name, one in scored.items():
-            if one.rows:
-                write_rows(out, name, one.rows)
+        for name, one in videos.items():
+            names = {video.name: found.facts[video.path].sha256 for video in (*one.videos, *one.candidates)}
+            scored[name] = replace(scored[name], videos=names)
         record = write_summary(
             out, scored, folder=folder, engine=workers.engine, found=found.facts, static_filter=filter_record,
             unverified=options.unverified, device=workers.device, rule=options.protocol,
@@ -181,85 +168,9 @@ def _filters(folder: Path, dimensions: Sequence[str], options: Options) -> bool:
             + "; this is recorded",
             file=sys.stderr,
         )
+    if wanted:
+        weights.check(STATIC, unverified=options.unverified)
     return wanted
-
-
-def inspect_videos(selections: Any, out: Path, ranks: Ranks) -> Found:
-    """Decode every video once, each rank its share; what was read before under the same hash is not read again."""
-    from hashlib import file_digest
-
-    from tqdm import tqdm
-
-    from tmd_eval.video import describe_video
-
-    parts = out / PARTS / "videos"
-    known = {row["key"]: row for row in runner.read_parts(parts).values()}
-    paths = list(dict.fromkeys(v.path for s in selections for v in (*s.videos, *s.candidates)))
-    found, new = Found(), []
-    for path in tqdm(paths[ranks.rank :: ranks.world], desc="checking", unit="video", file=sys.stderr, mininterval=1):
-        with path.open("rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-        row = known.get(digest)
-        if row is None:
-            try:
-                frames, height, width, fps = describe_video(path)
-            except ConfigError:
-                found.broken[path] = "unreadable or truncated"
-                continue
-            row = {"key": digest, "frames": frames, "height": height, "width": width, "fps": fps}
-            new.append(row)
-        if row["frames"] < 2:
-            found.broken[path] = "a single frame"
-            continue
-        found.facts[path] = Facts(sha256=digest, **{k: row[k] for k in ("frames", "height", "width", "fps")})
-    if new:
-        parts.mkdir(parents=True, exist_ok=True)
-        mine = parts / f"{ranks.rank}.jsonl"
-        old = mine.read_text() if mine.is_file() else ""
-        write_atomic(mine, old + "".join(json.dumps(row) + "\n" for row in new))
-    result = Found()
-    for other in ranks.gather(found):
-        result.facts |= other.facts
-        result.broken |= other.broken
-    return result
-
-
-def _promised(folder: Path) -> tuple[int, int, int, float] | None:
-    """Frames, height, width and fps that a run's configuration promises; None for other folders."""
-    run, _ = plan.locate(folder)
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text("utf-8")) if run else {}
-        return int(config["frames"]), int(config["size"][0]), int(config["size"][1]), float(config["fps"])
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
-        return None
-
-
-def usable(
-    dimension: str,
-    selection: Selection,
-    found: Found,
-    usual: tuple[int, int, int, float] | None,
-    options: Options,
-) -> Selection:
-    """The selection without the videos that cannot be scored.
-
-    Raises:
-        IncompleteError: there are some, and partial scores are not wanted.
-    """
-    reasons = dict(found.broken)
-    if selection.protocol == "standard" or usual is not None:
-        reasons |= plan.odd_ones(found.facts, [video.path for video in selection.videos], usual)
-    bad = [f"{video.name} ({reasons[video.path]})" for video in selection.videos if video.path in reasons]
-    good = [video for video in selection.videos if video.path not in reasons]
-    if bad and not (options.allow_partial and good):
-        raise IncompleteError(
-            f"{len(bad)} of {len(selection.videos)} videos cannot be scored in {dimension}: {runner.list_names(bad)}; "
-            "nothing was scored. Make them anew, or score the others with --allow-partial."
-        )
-    return Selection(
-        videos=good, missing=[*selection.missing, *bad], expected=selection.expected, protocol=selection.protocol,
-        candidates=[video for video in selection.candidates if video.path not in reasons],
-    )  # fmt: skip
 
 
 def _keep_still(

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from leaderboard.stats import FEWEST, Z
 from tmd_eval.vbench.totals import Totals, totals
 
 RESAMPLES, SEED = 2000, 0
@@ -86,19 +88,37 @@ def resample(dimensions: Mapping[str, Sums], seed: int = SEED) -> dict[str, NDAr
     return result
 
 
-def interval(one: Sums, seed: int = SEED) -> tuple[float, float | None, float | None]:
+@cache
+def wider(prompts: int) -> float:
+    """How much farther from the value than a bootstrap of so many prompts puts them an interval's ends lie.
+
+    sqrt(P / (P - 1)) t / z with the 97.5 % quantiles of Student's t (P - 1 degrees of freedom) and of the normal
+    distribution, as in :func:`leaderboard.stats.paired_differences`; 1 for a single prompt, which has no spread.
+    """
+    from scipy.stats import t
+
+    return (prompts / (prompts - 1)) ** 0.5 * float(t.ppf(0.975, prompts - 1)) / Z if prompts > 1 else 1.0
+
+
+def _prompts(one: Sums) -> int:
+    """Prompts that count."""
+    return int((one.weight > 0).sum())
+
+
+def interval(one: Sums, seed: int = SEED, *, most: float = 1.0) -> tuple[float, float | None, float | None]:
     """The aggregate and its 95 % bootstrap interval over prompts; none with a single prompt.
 
     Where all values are 0, or all 1, resampling shows no spread although the truth may lie off it; the far end is then
     the exact (Clopper-Pearson) bound for no success, or no failure, in P prompts.
     """
-    value, count = one.aggregate, int((one.weight > 0).sum())
+    value, count = one.aggregate, _prompts(one)
     if count < 2:
         return value, None, None
     if value in (0.0, 1.0):
         edge = float(0.025 ** (1 / count))
         return (1.0, edge, 1.0) if value else (0.0, 0.0, 1 - edge)
-    low, high = np.nanquantile(resample({"it": one}, seed)["it"], [0.025, 0.975])
+    ends = np.nanquantile(resample({"it": one}, seed)["it"], [0.025, 0.975])
+    low, high = np.clip(value + wider(count) * (ends - value), 0.0, most)
     return value, float(low), float(high)
 
 
@@ -110,9 +130,11 @@ def totals_intervals(dimensions: Mapping[str, Sums], seed: int = SEED) -> dict[s
     """
     value = totals({name: one.aggregate for name, one in dimensions.items()})
     # color has draws without a detection when few prompts have one; elsewhere none are NaN
-    drawn = {
-        name: np.where(np.isnan(r), dimensions[name].aggregate, r) for name, r in resample(dimensions, seed).items()
-    }
+    drawn = {}
+    for name, r in resample(dimensions, seed).items():
+        one = dimensions[name]
+        gap = np.where(np.isnan(r), 0.0, r - one.aggregate)
+        drawn[name] = one.aggregate + wider(_prompts(one)) * gap  # totals are linear, so each takes its own width
     spread = totals({name: values for name, values in drawn.items()})
     result = {}
     for key in Totals._fields:
@@ -128,7 +150,7 @@ class Difference:
     value: float
     """Difference of the aggregates."""
     low: float | None
-    """Lower end of the 95 % paired bootstrap interval; None with a single prompt."""
+    """Lower end of the 95 % paired bootstrap interval, widened as :func:`wider` says; None below ``FEWEST`` prompts."""
     high: float | None
     """Upper end."""
     p_value: float
@@ -155,6 +177,10 @@ def differences(a: Mapping[str, Sums], b: Mapping[str, Sums], seed: int = SEED) 
     swapped = _swapped(both, seed)
     result = {}
     for name, (one, other) in both.items():
+        by = wider(len(one.prompts))
+        drawn_a[name], drawn_b[name] = (
+            side.aggregate + by * (drawn[name] - side.aggregate) for side, drawn in ((one, drawn_a), (other, drawn_b))
+        )
         result[name] = _difference(
             other.aggregate - one.aggregate, drawn_b[name] - drawn_a[name], swapped[name][1] - swapped[name][0],
             len(one.prompts),
@@ -164,11 +190,12 @@ def differences(a: Mapping[str, Sums], b: Mapping[str, Sums], seed: int = SEED) 
         spread = [totals({name: np.nan_to_num(d[name]) for name in both}) for d in (drawn_a, drawn_b)]
         null = [totals({name: np.nan_to_num(swapped[name][side]) for name in both}) for side in (0, 1)]
         count = len({prompt for one, _ in both.values() for prompt in one.prompts})
+        few = min(len(one.prompts) for one, _ in both.values()) < FEWEST
         for key in Totals._fields:
             gap = [
                 np.asarray(getattr(pair[1], key)) - np.asarray(getattr(pair[0], key)) for pair in (value, spread, null)
             ]
-            result[key] = _difference(float(gap[0]), gap[1], gap[2], count)
+            result[key] = _difference(float(gap[0]), gap[1], gap[2], count, few=few)
     return result
 
 
@@ -211,10 +238,12 @@ def _swapped(
     return result
 
 
-def _difference(value: float, spread: NDArray[np.float64], null: NDArray[np.float64], prompts: int) -> Difference:
+def _difference(
+    value: float, spread: NDArray[np.float64], null: NDArray[np.float64], prompts: int, *, few: bool = False
+) -> Difference:
     null = null[~np.isnan(null)]
     reached = int((np.abs(null) >= abs(value) - 1e-12).sum())
-    low, high = np.nanquantile(spread, [0.025, 0.975]) if prompts > 1 else (None, None)
+    low, high = (None, None) if few or prompts < FEWEST else np.nanquantile(spread, [0.025, 0.975])
     return Difference(
         value=value, low=None if low is None else float(low), high=None if high is None else float(high),
         p_value=(1 + reached) / (1 + len(null)), n_prompts=prompts,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,20 @@ import yaml
 
 from students.errors import ConfigError
 from tmd_eval.files import write_json
-from tmd_eval.scores import merge_summary
+from tmd_eval.scores import merge_summary, write_rows
 from tmd_eval.vbench import VERSION, plan, runner, statistics, weights
 from tmd_eval.vbench.dimensions import DIMENSIONS, FIRST_FRAMES, LONG_SECONDS, RULES, engine_of
 from tmd_eval.vbench.plan import Facts
 from tmd_eval.vbench.statistics import Sums
 from tmd_eval.vbench.totals import Totals
+from tmd_eval.vbench.videos import sha256
 
 RECORD = Path("scores", "vbench.json")
+SCORED_VIDEOS = Path("scores", "videos.json")
+"""For each dimension the SHA-256 of its videos, by file name: scores of other videos never enter one total."""
 PIECES = "pieces"
 """Key of a row's ``extra``: the pieces of VBench-Long, each of which counts once in its aggregates."""
+FLICKER = "temporal_flickering"
 TOTALS = Totals._fields
 """Names of the totals in summary.json: those that published rows have on the leaderboard."""
 
@@ -50,6 +57,8 @@ class Scored:
     """ "standard" or "custom"."""
     seconds: list[float] = field(default_factory=list)
     """Time of each video in its worker, loading the model not counted."""
+    videos: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of every video, by file name; candidates of the static filter are among them."""
 
     @property
     def partial(self) -> bool:
@@ -121,6 +130,15 @@ def read_record(run: Path) -> dict[str, Any]:
     raise ConfigError(f"{run} has no scores; make them with: tmd-eval vbench --videos {run} --out {run}")
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a run's scores for this process while it reads, changes and writes them."""
+    (out / "scores").mkdir(parents=True, exist_ok=True)
+    with (out / "scores" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_summary(
     out: Path,
     scored: Mapping[str, Scored],
@@ -133,66 +151,124 @@ def write_summary(
     device: str,
     rule: str = "vbench",
 ) -> dict[str, Any]:
-    """Merge the dimensions into ``summary.json`` and write ``vbench.json``; returns the latter's content.
+    """Write the dimensions' rows, merge them into ``summary.json`` and write ``vbench.json``; returns the latter.
 
-    Dimensions scored earlier stay, and count for the totals, if they are of the same protocol.
+    Dimensions scored earlier stay, and count for the totals, if they are of the same protocol and the same videos.
+    Another process may score other dimensions into the same run meanwhile.
     """
     by_rule = "" if rule == "vbench" else f"+{rule}"
     version = VERSION + ("" if engine == "official" else f"+{engine}") + by_rule
     protocol = _protocol(scored, folder, found, static_filter, rule)
-    old = _earlier(out, {"version": version, "protocol": protocol})
-    dimensions: dict[str, Any] = dict(old.get("dimensions", {}))
-    not_measured = {k: v for k, v in old.get("not_measured", {}).items() if k not in scored}
-    entries = {}
-    for name, one in scored.items():
-        dimensions.pop(name, None)
-        if one.reason is not None:
-            not_measured[name] = one.reason
-            (out / "scores" / f"{name}.jsonl").unlink(missing_ok=True)
-            continue
-        value, low, high = statistics.interval(sums_of(name, one.rows))
-        unfiltered = name == "temporal_flickering" and one.protocol == "standard" and not static_filter
-        files = weights.hashes(name)
-        if rule == "long" and name in FIRST_FRAMES:
-            files |= weights.hashes(FIRST_FRAMES[name])
-        entries[name] = {
-            "n": one.n, "value": value, "low": low, "high": high,
-            "completeness": (one.n + one.undetected) / one.expected,
-            "metric_version": VERSION
-            + ("+fast" if engine_of(name, engine) == "fast" else "")
-            + by_rule
-            + (" without static filter" if unfiltered else ""),
-            "weight_hashes": files,
-        }  # fmt: skip
-        dimensions[name] = {
-            **{key: entries[name][key] for key in ("n", "value", "low", "high")}, "partial": one.partial,
-            "missing": len(one.missing), "undetected": one.undetected, "weights": entries[name]["weight_hashes"],
-        }  # fmt: skip
-        if one.partial:
-            entries[name]["partial"] = True
-    gone = [*not_measured, *TOTALS]
-    whole = len(dimensions) == len(DIMENSIONS) and not any(d["partial"] for d in dimensions.values())
-    totals = None
-    if whole and protocol["set"] == "standard":
-        totals = {
-            key: {"value": value, "low": low, "high": high}
-            for key, (value, low, high) in statistics.totals_intervals(read_sums(out)).items()
-        }
-        for key, total in totals.items():
-            entries[key] = {
-                "n": sum(d["n"] for d in dimensions.values()), **total, "completeness": 1.0,
-                "metric_version": version, "weight_hashes": {},
+    with locked(out):
+        old = _earlier(out, {"version": version, "protocol": protocol})
+        videos = _same_videos(out, old, scored, folder, found)
+        if FLICKER not in scored and FLICKER in old.get("dimensions", {}):
+            protocol["static_filter"] = old["protocol"]["static_filter"]
+        dimensions: dict[str, Any] = dict(old.get("dimensions", {}))
+        not_measured = {k: v for k, v in old.get("not_measured", {}).items() if k not in scored}
+        entries = {}
+        for name, one in scored.items():
+            dimensions.pop(name, None)
+            if one.reason is not None:
+                not_measured[name] = one.reason
+                (out / "scores" / f"{name}.jsonl").unlink(missing_ok=True)
+                continue
+            write_rows(out, name, one.rows)
+            entries[name] = _entry(name, one, engine, rule, filtered=bool(static_filter))
+            dimensions[name] = {
+                **{key: entries[name][key] for key in ("n", "value", "low", "high")}, "partial": one.partial,
+                "missing": len(one.missing), "undetected": one.undetected, "weights": entries[name]["weight_hashes"],
+                "device": device, "unverified_weights": unverified, "videos_sha256": _digest(one.videos),
             }  # fmt: skip
-    _forget(out, [name for name in gone if name not in entries])
-    merge_summary(out, entries)
-    record = {
-        "version": version, "package": runner.official_version(), "engine": engine, "device": device,
-        "unverified_weights": unverified, "protocol": protocol,
-        "dimensions": {name: dimensions[name] for name in DIMENSIONS if name in dimensions},
-        "totals": totals, "not_measured": not_measured,
-    }  # fmt: skip
-    write_json(out / RECORD, record)
+        gone = [*not_measured, *TOTALS]
+        whole = len(dimensions) == len(DIMENSIONS) and not any(d["partial"] for d in dimensions.values())
+        totals = None
+        if whole and protocol["set"] == "standard":
+            totals = {
+                key: {"value": value, "low": low, "high": high}
+                for key, (value, low, high) in statistics.totals_intervals(read_sums(out)).items()
+            }
+            for key, total in totals.items():
+                entries[key] = {
+                    "n": sum(d["n"] for d in dimensions.values()), **total, "completeness": 1.0,
+                    "metric_version": version, "weight_hashes": {},
+                }  # fmt: skip
+        _forget(out, [name for name in gone if name not in entries])
+        merge_summary(out, entries)
+        record = {
+            "version": version, "package": runner.official_version(), "engine": engine, "device": device,
+            "unverified_weights": unverified or any(d["unverified_weights"] for d in dimensions.values()),
+            "protocol": protocol,
+            "dimensions": {name: dimensions[name] for name in DIMENSIONS if name in dimensions},
+            "totals": totals, "not_measured": not_measured,
+        }  # fmt: skip
+        write_json(out / SCORED_VIDEOS, {name: videos[name] for name in DIMENSIONS if name in dimensions})
+        write_json(out / RECORD, record)
     return record
+
+
+def _entry(name: str, one: Scored, engine: str, rule: str, *, filtered: bool) -> dict[str, Any]:
+    """The entry of a dimension in ``summary.json``."""
+    value, low, high = statistics.interval(sums_of(name, one.rows))
+    unfiltered = name == FLICKER and one.protocol == "standard" and not filtered
+    files = weights.hashes(name)
+    if rule == "long" and name in FIRST_FRAMES:
+        files |= weights.hashes(FIRST_FRAMES[name])
+    return {
+        "n": one.n, "value": value, "low": low, "high": high,
+        "completeness": (one.n + one.undetected) / one.expected,
+        "metric_version": VERSION
+        + ("+fast" if engine_of(name, engine) == "fast" else "")
+        + ("" if rule == "vbench" else f"+{rule}")
+        + (" without static filter" if unfiltered else ""),
+        "weight_hashes": files,
+        **({"partial": True} if one.partial else {}),
+    }  # fmt: skip
+
+
+def _digest(videos: Mapping[str, str]) -> str:
+    """SHA-256 over names and bytes of a dimension's videos."""
+    return hashlib.sha256(json.dumps(sorted(videos.items()), ensure_ascii=False).encode()).hexdigest()
+
+
+def _same_videos(
+    out: Path, old: dict[str, Any], scored: Mapping[str, Scored], folder: Path, found: Mapping[Path, Facts]
+) -> dict[str, Mapping[str, str]]:
+    """The videos of each dimension; takes those that were scored on other videos out of ``old`` and of the run.
+
+    A dimension is of other videos if a file of its names that lies in the folder now has other bytes, if nobody
+    recorded its videos, or if a set of names of its own shares none with this one.
+    """
+    try:
+        videos = dict(json.loads((out / SCORED_VIDEOS).read_text("utf-8")))
+    except (OSError, ValueError):
+        videos = {}
+    now = {name: digest for one in scored.values() for name, digest in one.videos.items()}
+    here = plan.listed(plan.locate(Path(folder))[1])
+    custom = next(iter(scored.values())).protocol == "custom"
+
+    def is_same(name: str) -> bool:
+        before = videos.get(name, {})
+        if _digest(before) != old["dimensions"][name].get("videos_sha256"):
+            return False
+        for file in before:
+            if file not in now and file in here:
+                facts = found.get(here[file])
+                now[file] = facts.sha256 if facts else sha256(here[file])
+        shared = [file for file in before if file in now]
+        return all(before[file] == now[file] for file in shared) and (bool(shared) or not custom)
+
+    if other := [name for name in old.get("dimensions", {}) if name not in scored and not is_same(name)]:
+        print(
+            f"dropped, as they were scored earlier on other videos (or none were recorded): {', '.join(other)}; score "
+            "them again, which costs nothing where a video is the same",
+            file=sys.stderr,
+        )
+        old["dimensions"] = {name: one for name, one in old["dimensions"].items() if name not in other}
+        _forget(out, other)
+        for name in other:
+            (out / "scores" / f"{name}.jsonl").unlink(missing_ok=True)
+    return {**videos, **{name: one.videos for name, one in scored.items()}}
 
 
 def _protocol(

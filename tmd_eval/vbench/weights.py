@@ -97,7 +97,7 @@ def install(source: Path, dimensions: Iterable[str], *, unverified: bool = False
     Args:
         source: the folder.
         dimensions: whose files to take.
-        unverified: accept files whose hash differs from the published one.
+        unverified: accept files whose hash differs from the published one; never code, which would be run.
 
     Returns:
         What could not be taken: path to reason.
@@ -122,13 +122,18 @@ def install(source: Path, dimensions: Iterable[str], *, unverified: bool = False
         if not found:
             failed[file.path] = f"is not in {source}"
             continue
-        if reason := problem(file, found[0], unverified=unverified):
-            failed[file.path] = f"{found[0]} {reason}"
+        # several files bear one name (vision_transformer.py, __init__.py): the published one is meant
+        reasons = {copy: problem(file, copy) for copy in found}
+        if unverified and not _is_code(file) and None not in reasons.values():
+            reasons = {copy: problem(file, copy, unverified=True) for copy in found}
+        chosen = next((copy for copy, reason in reasons.items() if reason is None), None)
+        if chosen is None:
+            failed[file.path] = f"{found[0]} {reasons[found[0]]}"
             continue
         part = target.with_name(f"{TEMPORARY}{target.name}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found[0], part)
+            shutil.copyfile(chosen, part)
             part.replace(target)
         except OSError as error:
             part.unlink(missing_ok=True)
@@ -143,7 +148,7 @@ def fetch(
 
     Args:
         dimensions: whose files to get.
-        unverified: accept files whose hash differs from the published one.
+        unverified: accept files whose hash differs from the published one; never code, which would be run.
         log: told each step.
 
     Returns:
@@ -161,7 +166,7 @@ def fetch(
         for url in file.urls:
             log(f"fetching {url}")
             try:
-                reason = _download(file, url, target, unverified)
+                reason = _download(file, url, target, unverified and not _is_code(file))
             except OSError as error:
                 if is_disk_full(error):
                     raise disk_full(target) from error
@@ -238,8 +243,13 @@ def check(dimension: str, *, unverified: bool = False) -> None:
         listed = ", ".join(f"{folder() / path} {reason}" for path, reason in found.items())
         raise EnvironmentMissingError(
             f"{dimension} lacks weights: {listed}; tmd-eval vbench setup --fetch downloads them, "
-            "setup --weights DIR takes them from a folder."
+            "setup --weights DIR takes them from a folder"
+            + (", --no-static-filter goes without." if dimension == "static_filter" else ".")
         )
+
+
+def _is_code(file: WeightFile) -> bool:
+    return file.path.endswith(".py")
 
 
 def _download(file: WeightFile, url: str, target: Path, unverified: bool) -> str | None:
