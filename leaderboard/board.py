@@ -18,6 +18,8 @@ CARDS = 6
 """Comparisons of a student with the undistilled model shown as cards, at most."""
 PAIRED = 16
 """Rows that are compared with each other prompt by prompt, at most: 120 pairs."""
+SAMPLED = frozenset({"micro"})
+"""Sets whose prompts are in random order: fewer of them are a smaller sample of the same, not another test."""
 Means = Mapping[str, Mapping[int, Mapping[int, float]]]
 """Mean score by metric, result id and prompt."""
 
@@ -85,10 +87,11 @@ class Group:
 
 
 def groups_of(results: Sequence[Result]) -> list[Group]:
-    """One group for each set of prompts, by name: the same name with other prompts is another set."""
+    """One group for each set of prompts, by name: the same name with other prompts is another set, unless sampled."""
     sets: dict[tuple[str, str], list[Result]] = {}
     for row in sorted(results, key=lambda row: (row.prompts_name, -row.prompts_count, row.prompts_sha256)):
-        sets.setdefault((row.prompts_name, row.prompts_sha256), []).append(row)
+        sampled = row.prompts_name in SAMPLED
+        sets.setdefault((row.prompts_name, "" if sampled else row.prompts_sha256), []).append(row)
     names = _set_names({key: rows[0].prompts_count for key, rows in sets.items()})
     slugs = _slugs(names.values())
     order = {row.id: place for place, row in enumerate(results)}

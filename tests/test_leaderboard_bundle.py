@@ -186,7 +186,6 @@ def test_numbers_of_a_bundle_are_stored_as_they_were_checked(bundle: Path, tmp_p
     assert not [
         row for row in load(db) if row.metric("total") and not row.metric("scene")
     ]  # no total without its parts
-    assert build_site(db, tmp_path / "site", command="c").is_file()
 
 
 def test_a_row_that_differs_is_kept_as_it_is_here(bundle: Path, tmp_path: Path) -> None:

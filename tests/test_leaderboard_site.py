@@ -341,15 +341,18 @@ def board_of(tmp_path: Path, *rows: dict[str, Any]) -> list[Result]:
 
 
 def test_only_rows_on_the_same_prompts_are_compared(tmp_path: Path) -> None:
-    few = {"prompts": {"name": "micro", "sha256": "e" * 64, "count": 2}}
-    other = {"prompts": {"name": "micro", "sha256": "f" * 64, "count": 4}}
+    def prompts(name: str, letter: str, count: int) -> dict[str, Any]:
+        return {"prompts": {"name": name, "sha256": letter * 64, "count": count}}
+
+    many, few, other = (prompts("my.txt", letter, count) for letter, count in (("d", 4), ("e", 2), ("f", 4)))
     read = {"texts": {"name": "extended", "sha256": "9" * 64}}
-    groups = {
-        group.name: [row.name for row in group.rows] for group in groups_of(board_of(tmp_path, {}, few, other, read))
-    }
+    sampled = prompts("micro", "a", 3)
+    rows = board_of(tmp_path, many, few, other, many | read, {}, sampled)
+    groups = {group.name: [row.name for row in group.rows] for group in groups_of(rows)}
     assert groups == {
-        "micro, 2 prompts": ["row 1"], "micro, 4 prompts (dddddddd)": ["row 0"],
-        "micro, 4 prompts (ffffffff)": ["row 2"], "micro, read as extended 99999999": ["row 3"],
+        "my.txt, 2 prompts": ["row 1"], "my.txt, 4 prompts (dddddddd)": ["row 0"],
+        "my.txt, 4 prompts (ffffffff)": ["row 2"], "my.txt, read as extended 99999999": ["row 3"],
+        "micro": ["row 4", "row 5"],  # in random order: fewer are a smaller sample of the same
     }  # fmt: skip
 
 
