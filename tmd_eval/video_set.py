@@ -145,15 +145,15 @@ def is_whole(run: Path, row: Mapping[str, Any]) -> bool:
         return False
 
 
-def check_writable(run: Path) -> None:
-    """Make the run folder, or fail before any work is done.
+def check_writable(run: Path, inside: Path | str = VIDEOS) -> None:
+    """Make the run folder and one inside it, or fail before any work is done.
 
     Raises:
         ConfigError: it cannot be made or written to, or holds something else.
     """
     try:
-        (run / VIDEOS).mkdir(parents=True, exist_ok=True)
-        probe = run / VIDEOS / f"{TEMPORARY}probe"
+        (run / inside).mkdir(parents=True, exist_ok=True)
+        probe = run / inside / f"{TEMPORARY}probe"
         probe.touch()
         probe.unlink(missing_ok=True)  # torchrun's ranks share it
     except OSError as error:

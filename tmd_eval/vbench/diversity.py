@@ -25,7 +25,7 @@ from tmd_eval.vbench.ranks import Ranks
 from tmd_eval.vbench.runner import Workers
 from tmd_eval.vbench.score import Options, items_of, run_jobs
 from tmd_eval.vbench.summary import locked
-from tmd_eval.vbench.videos import PARTS, check_writable, inspect_videos, usable
+from tmd_eval.vbench.videos import PARTS, inspect_videos, usable
 
 METRIC_VERSION = "pairwise-cosine-1"
 FEATURES = ("dino", "clip")
@@ -77,7 +77,7 @@ def score_diversity(
     weights.check(task, unverified=options.unverified)
     with Ranks() as ranks:
         selection = _groups(folder, options.prompts)
-        check_writable(out)
+        video_set.check_writable(out, PARTS)
         found = inspect_videos([selection], out, ranks)
         selection = usable(task, selection, found, None, allow_partial=options.allow_partial)
         items = items_of(task, selection, found, workers.engine)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from students.errors import ConfigError, IncompleteError
+from tmd_eval import video_set
 from tmd_eval.vbench import long, plan, runner, weights
 from tmd_eval.vbench.dimensions import DIMENSIONS, FIRST_FRAMES, SAMPLES, check_dimension, engine_of
 from tmd_eval.vbench.plan import Selection, Video
 from tmd_eval.vbench.ranks import Ranks
 from tmd_eval.vbench.runner import STATIC, Item, Job, Workers
 from tmd_eval.vbench.summary import Scored, write_summary
-from tmd_eval.vbench.videos import PARTS, Found, check_writable, inspect_videos, promised, usable
+from tmd_eval.vbench.videos import PARTS, Found, inspect_videos, promised, usable
 
 
 class NotMeasuredError(IncompleteError):
@@ -92,7 +93,7 @@ def score(
         dimensions = list(selections)
         for name, selection in selections.items():
             plan.check_selection(name, selection, allow_partial=options.allow_partial)
-        check_writable(out)
+        video_set.check_writable(out, PARTS)
         found = inspect_videos(selections.values(), out, ranks)
         usual = promised(folder)
         selections = {

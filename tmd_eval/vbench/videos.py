@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from students.errors import ConfigError, IncompleteError
-from tmd_eval.files import TEMPORARY, disk_full, is_disk_full, write_atomic
+from tmd_eval.files import write_atomic
 from tmd_eval.vbench import plan, runner
 from tmd_eval.vbench.plan import Facts, Selection
 from tmd_eval.vbench.ranks import Ranks
@@ -28,24 +28,6 @@ class Found:
     """Of every video that can be read."""
     broken: dict[Path, str] = field(default_factory=dict)
     """What is wrong with the others."""
-
-
-def check_writable(out: Path) -> None:
-    """Make the folder of results, or fail before any video is decoded.
-
-    Raises:
-        ConfigError: it cannot be made or written to.
-    """
-    parts = out / PARTS
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-        probe = parts / f"{TEMPORARY}probe"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # torchrun's ranks share it
-    except OSError as error:
-        if is_disk_full(error):
-            raise disk_full(parts) from error
-        raise ConfigError(f"Cannot write to {out} ({error.strerror}); choose another --out.") from error
 
 
 def sha256(path: Path) -> str:
