@@ -73,13 +73,24 @@ def prompt_weights(prompts: int) -> NDArray[np.float32]:
     return (counts / prompts).astype(np.float32)
 
 
+@lru_cache
+def wider(prompts: int) -> float:
+    """How much farther from the value than a bootstrap of so many prompts puts them an interval's ends lie.
+
+    sqrt(P / (P - 1)) t / z with the 97.5 % quantiles of Student's t (P - 1 degrees of freedom) and of the normal
+    distribution; 1 for a single prompt, which has no spread.
+    """
+    from scipy.stats import t
+
+    return (prompts / (prompts - 1)) ** 0.5 * float(t.ppf(0.975, prompts - 1)) / Z if prompts > 1 else 1.0
+
+
 def paired_differences(
     pairs: Mapping[tuple[int, int], tuple[Mapping[int, float], Mapping[int, float]]],
 ) -> dict[tuple[int, int], Difference]:
     """Differences with 95 % percentile intervals of a bootstrap over the common prompts.
 
-    A bootstrap of few prompts is too narrow: its ends are taken sqrt(P / (P - 1)) t / z times as far from the mean,
-    with the 97.5 % quantiles of Student's t (P - 1 degrees of freedom) and of the normal distribution.
+    A bootstrap of few prompts is too narrow, so its ends are taken :func:`wider` from the mean.
 
     Args:
         pairs: for each pair of rows the means of its prompts, of a and of b, by prompt.
@@ -87,8 +98,6 @@ def paired_differences(
     Returns:
         For each pair with at least ``FEWEST`` common prompts its difference.
     """
-    from scipy.stats import t
-
     columns: dict[int, list[tuple[tuple[int, int], NDArray[np.float64]]]] = {}
     for pair, (a, b) in pairs.items():
         common = sorted(a.keys() & b.keys())
@@ -99,8 +108,7 @@ def paired_differences(
     for prompts, entries in columns.items():  # one product of matrices for all pairs with as many prompts
         drawn = prompt_weights(prompts) @ np.stack([d for _, d in entries], axis=1)
         means = np.array([difference.mean() for _, difference in entries])
-        wider = (prompts / (prompts - 1)) ** 0.5 * float(t.ppf(0.975, prompts - 1)) / Z
-        lows, highs = means + wider * (np.quantile(drawn, [0.025, 0.975], axis=0) - means)
+        lows, highs = means + wider(prompts) * (np.quantile(drawn, [0.025, 0.975], axis=0) - means)
         for (pair, _), value, low, high in zip(entries, means, lows, highs, strict=True):
             found[pair] = Difference(value=float(value), low=float(low), high=float(high), prompts=prompts)
     return {pair: found[pair] for pair in pairs if pair in found}

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leaderboard.stats import FEWEST, Z
+from leaderboard.stats import FEWEST, wider
 from tmd_eval.vbench.totals import Totals, totals
 
 RESAMPLES, SEED = 2000, 0
@@ -88,18 +87,6 @@ def resample(dimensions: Mapping[str, Sums], seed: int = SEED) -> dict[str, NDAr
     return result
 
 
-@cache
-def wider(prompts: int) -> float:
-    """How much farther from the value than a bootstrap of so many prompts puts them an interval's ends lie.
-
-    sqrt(P / (P - 1)) t / z with the 97.5 % quantiles of Student's t (P - 1 degrees of freedom) and of the normal
-    distribution, as in :func:`leaderboard.stats.paired_differences`; 1 for a single prompt, which has no spread.
-    """
-    from scipy.stats import t
-
-    return (prompts / (prompts - 1)) ** 0.5 * float(t.ppf(0.975, prompts - 1)) / Z if prompts > 1 else 1.0
-
-
 def _prompts(one: Sums) -> int:
     """Prompts that count."""
     return int((one.weight > 0).sum())
@@ -118,7 +105,7 @@ def interval(one: Sums, seed: int = SEED, *, most: float = 1.0) -> tuple[float, 
         edge = float(0.025 ** (1 / count))
         return (1.0, edge, 1.0) if value else (0.0, 0.0, 1 - edge)
     ends = np.nanquantile(resample({"it": one}, seed)["it"], [0.025, 0.975])
-    low, high = np.clip(value + wider(count) * (ends - value), 0.0, most)
+    low, high = np.clip(value + wider(count) * (ends - value), min(0.0, ends[0]), most)  # cosines may be negative
     return value, float(low), float(high)
 
 
