@@ -22,7 +22,7 @@ from students.errors import ConfigError, QualityGateError
 from students.method import Method, Shape
 from students.parallel import embed_time_in_full, store_low
 from tmd_eval.cli import app
-from tmd_eval.plan import RESERVE, Plan, advice, block_flops, make_plan, sizes_of, tokens_of
+from tmd_eval.plan import RESERVE, Counts, Plan, advice, block_flops, make_plan, sizes_of, tokens_of
 from tmd_eval.plan_activations import (
     Activations,
     LiveBytes,
@@ -128,10 +128,10 @@ def peak_under_autocast(config: TrainConfig) -> dict[tuple[str, ...], int]:
 )
 def test_bf16_runs_against_a_real_pass(name: str, settings: tuple[str, ...]) -> None:
     """Passes outside autocast, for derivatives, are in float32: activations and working copies within 15 %."""
-    config = config_of(name, "precision=bf16", "batch=1", *settings)
-    plan, real = make_plan(config, 1, SIZES), peak_under_autocast(config)
+    config, counts = config_of(name, "precision=bf16", "batch=1", *settings), Counts()
+    plan, real = make_plan(config, 1, SIZES, counts), peak_under_autocast(config)
     planned = plan.memory.activations + plan.memory.gathered
-    assert set(real) == set(activation_bytes(config, SIZES)) and plan.memory.turn in real
+    assert set(real) == set(counts.of(config, SIZES)[1]) and plan.memory.turn in real
     assert planned == pytest.approx(real[plan.memory.turn], rel=0.15)
 
 

@@ -133,14 +133,15 @@ def block_flops(sizes: Sizes) -> float:
     return 8 * s * d**2 + 4 * s**2 * d + 4 * s * d**2 + 4 * t * d**2 + 4 * s * t * d + 4 * s * d * shape["ffn_dim"]
 
 
-class Counts(dict[Any, dict[tuple[str, ...], Activations]]):
-    """Counted activations by the settings in which plans of one run differ; a count takes many seconds."""
+class Counts(dict[Any, tuple[dict[str, nn.Module], dict[tuple[str, ...], Activations]]]):
+    """Networks and counted activations by the settings in which plans of one run differ; a count takes many seconds."""
 
-    def of(self, config: TrainConfig, sizes: Sizes) -> dict[tuple[str, ...], Activations]:
-        """As :func:`tmd_eval.plan_activations.activation_bytes`."""
+    def of(self, config: TrainConfig, sizes: Sizes) -> tuple[dict[str, nn.Module], dict[tuple[str, ...], Activations]]:
+        """Networks on the meta device by name, and :func:`tmd_eval.plan_activations.activation_bytes`."""
         key = config.precision, config.gradient_checkpointing, config.parallel.checkpoint_head
         if key not in self:
-            self[key] = activation_bytes(config, sizes)
+            method, teacher = build(config, sizes, "meta")
+            self[key] = {"teacher": teacher, **method.networks}, activation_bytes(config, sizes)
         return self[key]
 
 
@@ -161,13 +162,11 @@ def make_plan(config: TrainConfig, gpus: int, sizes: Sizes | None = None, counts
     config.check_base(blocks)
     config.parallel.check(gpus, sizes.transformer["num_attention_heads"], tokens_of(sizes))
     pairs, passes = config.passes(gpus // config.parallel.context)
-    method, teacher = build(config, sizes, "meta")
-    networks: dict[str, nn.Module] = {"teacher": teacher, **method.networks}
+    networks, counted = (Counts() if counts is None else counts).of(config, sizes)
     shape = Shape(blocks=blocks, h=config.student.h if config.kind.flow_head else None)
     cost = sum(config.kind.cost(config.method, i, shape).total for i in range(1, config.iterations + 1))
     setup = config.kind.setup_cost(config.method, shape).total if config.kind.setup_cost else 0.0
     one = block_flops(sizes)
-    counted = (Counts() if counts is None else counts).of(config, sizes)
     memories = [
         memory
         for turn, live in counted.items()
