@@ -13,8 +13,10 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from typer.testing import CliRunner
 
 from students.errors import ConfigError, EnvironmentMissingError
+from tmd_eval.cli import app
 from tmd_eval.prompts import PromptSet
 from tmd_eval.prompts_extend import Extension, extend
 from tmd_eval.prompts_texts import with_texts
@@ -114,6 +116,18 @@ def test_extending_refuses_a_bad_limit_and_never_truncates_in_place(
     for limit in (-1, 0):
         with pytest.raises(ConfigError, match="--limit must be at least 1"):
             extend(PROMPTS, tmp_path / "texts.jsonl", settings, limit=limit)
+        words = [
+            "prompts",
+            "extend",
+            "--prompts",
+            "micro",
+            "--out",
+            str(tmp_path / "x.jsonl"),
+            "--limit",
+            str(limit),
+            "--dry-run",
+        ]
+        assert isinstance(CliRunner().invoke(app, words).exception, ConfigError)
     extend(PROMPTS, tmp_path / "texts.jsonl", settings, limit=1)
     with (tmp_path / "texts.jsonl").open("a") as file:
         file.write('{"line": 1')

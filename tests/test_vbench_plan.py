@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from students.errors import ConfigError, EnvironmentMissingError, IncompleteError
+from tmd_eval import scores
 from tmd_eval.vbench import diversity, plan, runner, summary, weights
 from tmd_eval.vbench import score as scoring
 from tmd_eval.vbench.dimensions import DIMENSIONS
@@ -516,7 +517,7 @@ def test_two_processes_take_turns_at_the_summary(tmp_path: Path, monkeypatch: py
     answer_with(monkeypatch, by_name)
     run = tmp_path / "run"
     other = threading.Thread(target=score, args=(tmp_path / "videos", run, ["imaging_quality"]))
-    with summary.locked(run):
+    with scores.locked(run):
         other.start()
         other.join(1.5)
         assert other.is_alive() and not (run / summary.RECORD).exists()

@@ -21,7 +21,7 @@ from tmd_eval.micro_fidelity import METRIC_VERSION as FRECHET_VERSION
 from tmd_eval.micro_fidelity import SECOND_SEED, features, frechet_interval, real_clips
 from tmd_eval.micro_judges import METRIC_VERSION as JUDGE_VERSION
 from tmd_eval.micro_judges import Reading, compare, read_attributes
-from tmd_eval.scores import merge_summary, write_rows
+from tmd_eval.scores import locked, merge_summary, write_rows
 from tmd_eval.video_set import VIDEOS, planned_videos, read_manifest
 
 ATTRIBUTES = ("color", "shape", "direction", "speed", "background", "count", "color2", "shape2", "relation", "joint")
@@ -213,7 +213,8 @@ def score_run(run: Path, *, expected: int | None = None, allow_partial: bool = F
         for name, right in compare(reading, row.stated).items():
             item = {"video": row.name, "value": float(right), "extra": {"prompt": row.prompt, "index": row.index}}
             rows_of.setdefault(f"alignment_{name}", []).append(item)
-    for dimension, items in rows_of.items():
-        write_rows(run, dimension, items)
-    merge_summary(run, summary)
+    with locked(run):
+        for dimension, items in rows_of.items():
+            write_rows(run, dimension, items)
+        merge_summary(run, summary)
     return summary

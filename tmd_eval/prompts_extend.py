@@ -54,6 +54,18 @@ class Extension:
             )
 
 
+def check(out: Path, limit: int | None) -> None:
+    """Refuse a file of another kind, and a limit that makes nothing.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"--out must end in .jsonl, not {out.name!r}.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {limit}.")
+
+
 def extend(
     prompts: PromptSet, out: Path, settings: Extension, *, device: str = "cpu", limit: int | None = None
 ) -> dict[str, Any]:
@@ -75,10 +87,7 @@ def extend(
     """
     from tqdm import tqdm
 
-    if out.suffix != ".jsonl":
-        raise ConfigError(f"--out must end in .jsonl, not {out.name!r}.")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit must be at least 1, not {limit}.")
+    check(out, limit)
     wanted = list(enumerate(prompts.prompts))[:limit]
     out.parent.mkdir(parents=True, exist_ok=True)
     tell, digest = _load(settings, device)

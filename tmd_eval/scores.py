@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from students.errors import ConfigError
 from tmd_eval.files import write_atomic, write_json
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a run's scores for this process while it reads, changes and writes them."""
+    (out / "scores").mkdir(parents=True, exist_ok=True)
+    with (out / "scores" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_rows(run: Path, dimension: str, rows: Iterable[Mapping[str, Any]]) -> None:

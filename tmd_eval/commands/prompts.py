@@ -60,6 +60,7 @@ def extend(
         model=model or prompts_extend.MODEL, template=text, seed=seed, max_new_tokens=max_new_tokens,
         temperature=temperature,
     )  # fmt: skip
+    prompts_extend.check(out, limit)
     if dry_run:
         count = len(chosen.prompts) if limit is None else min(limit, len(chosen.prompts))
         result = {"prompts": count, "model": settings.model, "out": str(out)}

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from students.errors import ConfigError, IncompleteError
 from tmd_eval import video_set
-from tmd_eval.scores import merge_summary, write_rows
+from tmd_eval.scores import locked, merge_summary, write_rows
 from tmd_eval.vbench import plan, runner, statistics, weights
 from tmd_eval.vbench.plan import Selection, Video
 from tmd_eval.vbench.ranks import Ranks
 from tmd_eval.vbench.runner import Workers
 from tmd_eval.vbench.score import Options, items_of, run_jobs
-from tmd_eval.vbench.summary import locked
 from tmd_eval.vbench.videos import PARTS, inspect_videos, usable
 
 METRIC_VERSION = "pairwise-cosine-1"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import yaml
 
 from students.errors import ConfigError
 from tmd_eval.files import write_json
-from tmd_eval.scores import merge_summary, write_rows
+from tmd_eval.scores import locked, merge_summary, write_rows
 from tmd_eval.vbench import VERSION, plan, runner, statistics, weights
 from tmd_eval.vbench.dimensions import DIMENSIONS, FIRST_FRAMES, LONG_SECONDS, RULES, engine_of
 from tmd_eval.vbench.plan import Facts
@@ -128,15 +126,6 @@ def read_record(run: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} is broken ({error!r}); score the run again.") from error
         return {"version": None, "protocol": {}, "dimensions": dimensions, "totals": None, "not_measured": {}}
     raise ConfigError(f"{run} has no scores; make them with: tmd-eval vbench --videos {run} --out {run}")
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold a run's scores for this process while it reads, changes and writes them."""
-    (out / "scores").mkdir(parents=True, exist_ok=True)
-    with (out / "scores" / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def write_summary(
