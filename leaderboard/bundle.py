@@ -127,6 +127,7 @@ def import_bundle(db_url: str | None, path: Path, *, sha256: str | None = None) 
     except DAMAGE as error:
         raise LeaderboardError(f"{path} cannot be imported: {error}.") from error
     counts = dict.fromkeys(("added", "unchanged", "kept"), 0)
+    origin = f"{lab or 'a bundle'} (sha256 {digest[:12]})"
     with writing(db_url) as session:
         for name, model in TABLES.items():
             known: dict[str, Any] = {row.key: row for row in session.scalars(select(model))}  # type: ignore[attr-defined]
@@ -139,9 +140,9 @@ def import_bundle(db_url: str | None, path: Path, *, sha256: str | None = None) 
                 known[row["key"]] = None
                 counts["added"] += 1
                 if name == "results":
-                    _store(session, row, f"{lab or 'a bundle'} (sha256 {digest[:12]})", pictures)
+                    _store(session, row, origin, pictures)
                 else:
-                    session.add(model(**row))
+                    session.add(model(**row, origin=origin))
         session.flush()
     return counts
 

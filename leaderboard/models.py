@@ -140,7 +140,7 @@ class Result(Base):
     run: Mapped[str] = mapped_column(Text)
     """Run folder at the time of recording; the report takes clips from it. Never printed in a report."""
     origin: Mapped[str | None] = mapped_column(Text)
-    """Bundle the row came in (its lab and hash); None where it was recorded from a run folder here."""
+    """Bundle the row came in (its lab and hash); None where it was recorded here."""
     metrics: Mapped[list[Metric]] = relationship(
         back_populates="result", cascade="all, delete-orphan", order_by="Metric.name", lazy="selectin"
     )
@@ -278,6 +278,8 @@ class Reported(Base):
     """Percent as printed, by name: "total", "quality", "semantic", and VBench's dimensions where they are printed."""
     note: Mapped[str] = mapped_column(Text)
     """What the source adds."""
+    origin: Mapped[str | None] = mapped_column(Text)
+    """As in ``results``."""
 
 
 class Latency(Base):
@@ -315,6 +317,8 @@ class Latency(Base):
     packages: Mapped[dict[str, str]] = mapped_column(JSON)
     command: Mapped[str] = mapped_column(Text)
     created: Mapped[datetime] = mapped_column(UtcDateTime)
+    origin: Mapped[str | None] = mapped_column(Text)
+    """As in ``results``."""
 
 
 class Preference(Base):
@@ -355,6 +359,8 @@ class Preference(Base):
     code_revision: Mapped[str] = mapped_column(Text)
     command: Mapped[str] = mapped_column(Text)
     created: Mapped[datetime] = mapped_column(UtcDateTime)
+    origin: Mapped[str | None] = mapped_column(Text)
+    """As in ``results``."""
 
 
 class Claim(Base):
@@ -381,3 +387,5 @@ class Claim(Base):
     device: Mapped[str] = mapped_column(Text)
     code_revision: Mapped[str] = mapped_column(Text)
     command: Mapped[str] = mapped_column(Text)
+    origin: Mapped[str | None] = mapped_column(Text)
+    """As in ``results``."""

@@ -94,6 +94,7 @@ def import_csv(db_url: str | None, path: Path) -> dict[str, int]:
                 session.add(Reported(**values))
                 counts["added"] += 1
                 continue
+            row.origin = None
             changed = {name: value for name, value in values.items() if getattr(row, name) != value}
             for name, value in changed.items():
                 setattr(row, name, value)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import and_, delete, insert, select
 from sqlalchemy.orm import Session
 
 from leaderboard.checks import both_ends, finite
@@ -43,7 +43,7 @@ def record_run(db_url: str | None, run: Path, *, name: str | None = None) -> int
     columns, metrics = read_run(run, name=name)
     videos = video_scores(run, (metric["name"] for metric in metrics))
     with writing(db_url) as session:
-        return store_result(session, columns, metrics, videos)
+        return store_result(session, {**columns, "origin": None}, metrics, videos)
 
 
 def store_result(
@@ -150,7 +150,8 @@ def record_claims(db_url: str | None, report_folder: Path, *, name: str | None =
         return [_claim(row) | common for row in content["claims"]]
 
     found = _parse(path, rows, "a report with claims")
-    return _store(db_url, Claim, found, CHECKS["claims"][1], replaces=Claim.report == report)
+    ours = and_(Claim.report == report, Claim.origin.is_(None))  # another lab may have a report of this name
+    return _store(db_url, Claim, found, CHECKS["claims"][1], replaces=ours)
 
 
 def key_of(values: Sequence[Any]) -> str:
@@ -165,7 +166,10 @@ def _store(
     identity: Sequence[str],
     replaces: Any = None,
 ) -> list[int]:
-    """Insert or update rows by their key, in one transaction; ``replaces`` selects rows that go first."""
+    """Insert or update rows by their key, in one transaction; ``replaces`` selects rows that go first.
+
+    A row that had come in a bundle is one recorded here from now on.
+    """
     for row in rows:
         row["key"] = key_of([row[name] for name in identity])
     if len({row["key"] for row in rows}) < len(rows):
@@ -179,7 +183,7 @@ def _store(
             if entry is None:
                 entry = model()
                 session.add(entry)
-            for column, value in row.items():
+            for column, value in {**row, "origin": None}.items():
                 setattr(entry, column, value)
             entries.append(entry)
         session.flush()

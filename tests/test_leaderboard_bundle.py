@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from leaderboard.bundle import export_bundle, import_bundle
 from leaderboard.errors import LeaderboardError
-from leaderboard.models import Latency, Thumbnail, VideoScore
+from leaderboard.models import Claim, Latency, Preference, Reported, Thumbnail, VideoScore
+from leaderboard.published import import_published
 from leaderboard.query import load, show
-from leaderboard.record import record_run
+from leaderboard.record import record_claims, record_latency, record_run
 from leaderboard.site import build_site
 from tests.test_leaderboard import STUDENT, TEACHER, edit, make_run
-from tests.test_leaderboard_record import rows
+from tests.test_leaderboard_record import CLAIM, HEAD, TIMING, rows, write
 from tests.test_leaderboard_site import check_folder, make_board
 from tmd_eval.cli import app
 
@@ -56,15 +57,36 @@ def test_two_labs_join_their_boards(board: str, bundle: Path, tmp_path: Path) ->
     (mine, *others) = load(db)
     assert mine.origin is None and mine.run and {row.run for row in others} == {""}
     assert all((row.origin or "").startswith("Lab A (sha256 ") for row in others)
+    for table in (Latency, Preference, Claim, Reported):
+        assert all(row.origin.startswith("Lab A (sha256 ") for row in rows(db, table))
     pictures = rows(db, Thumbnail)
     assert len(pictures) == 12 and all(picture.image.startswith(b"\x89PNG") for picture in pictures)
     build_site(db, tmp_path / "site", command="c")
     page = next((tmp_path / "site" / "models").glob("micro-teacher-*.html"))
     assert page.read_text().count('class="thumbnail"') == 4 and "Lab A" in page.read_text()
+    for name, count in (("claims", 2), ("preferences", 2), ("index", 2 + 75)):
+        shown = (tmp_path / "site" / f"{name}.html").read_text()
+        assert shown.count("came in with Lab A (sha256") == count, name
     assert check_folder(tmp_path / "site") == []
     export_bundle(db, tmp_path / "on.zip")  # and the next lab gets the thumbnails too
     assert import_bundle(str(tmp_path / "third.db"), tmp_path / "on.zip")["added"] == 88
     assert len(rows(str(tmp_path / "third.db"), Thumbnail)) == 12 + 1
+
+
+def test_what_is_recorded_here_is_ours_and_the_rest_stays_theirs(bundle: Path, tmp_path: Path) -> None:
+    db = str(tmp_path / "theirs.db")
+    import_bundle(db, bundle)
+    report = rows(db, Claim)[0].report
+    content = {**HEAD, "rows": [], "claims": [{**CLAIM, "claim": "ours alone"}, CLAIM]}
+    record_claims(db, write(tmp_path / "report" / "report.json", content), name=report)
+    theirs = {row.claim: row.origin for row in rows(db, Claim)}
+    assert theirs[CLAIM["claim"]] is None and theirs.pop("ours alone") is None and len(theirs) == 2, "one is both labs'"
+    shared = rows(db, Latency)[0]
+    timing = {**TIMING, "checkpoint_hash": shared.checkpoint_hash, "batch": shared.batch}
+    record_latency(db, write(tmp_path / "latency.json", {**HEAD, "rows": [timing]}))
+    assert [row.origin is None for row in rows(db, Latency)] == [True, False]
+    import_published(db)
+    assert {row.origin for row in rows(db, Reported)} == {None}
 
 
 def test_the_same_rows_give_the_same_bundle(board: str, bundle: Path, tmp_path: Path) -> None:
