@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from students.errors import ConfigError
+from students.spec import StudentSpec
 from tests.test_experiment_run import finished, in_process, world  # noqa: F401  # fixtures
 from tmd_eval.cli import app
 from tmd_eval.experiment import jobs as store
@@ -20,7 +21,7 @@ from tmd_eval.experiment.jobs import load_plan
 from tmd_eval.experiment.plan import load, make_plan
 from tmd_eval.experiment.records import ENDING, export_records, import_records
 from tmd_eval.experiment.run import Options, run
-from tmd_eval.experiment.times import time_rows
+from tmd_eval.experiment.times import _stand_in, time_rows
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +98,25 @@ def test_deleting_an_imported_cell_makes_that_cell_and_its_student_again(world: 
     assert run(options).made == 0
 
 
-def test_rows_are_timed_where_weights_are(world: Path, taken: Path):  # noqa: F811
-    times = time_rows(world / "experiment.yaml", taken, repeats=2, batch=1)
-    assert len(times["cells"]) == 1  # the base model
+def test_rows_whose_weights_are_elsewhere_are_timed_untrained(world: Path, finished: Path, taken: Path):  # noqa: F811
+    """The stand-in runs as many blocks as the student whose place it takes."""
+    file = world / "experiment.yaml"
+    times = time_rows(file, taken, repeats=2, batch=1)
+    loaded = load(file, finished)
+    rows = {cell.row: cell for cell in reversed(loaded.cells)}
+    assert set(times["cells"]) == {cell.name for cell in rows.values()}
+    assert {name for name, cell in times["cells"].items() if not cell["untrained"]} == {
+        cell.name for cell in rows.values() if not cell.trainings
+    }
+    for number, cell in enumerate(rows.values()):
+        if cell.trainings:
+            checkpoint = store.training_record(finished, cell.name, cell.trainings[-1].name)
+            stand_in = StudentSpec.from_file(_stand_in(cell, loaded.base, taken / str(number)) / "student.json")
+            assert checkpoint is not None
+            found = json.loads(stand_in.to_json())
+            assert {k: v for k, v in found.items() if k != "training"} == {
+                k: v for k, v in checkpoint.items() if k != "training"
+            }
 
 
 def test_records_are_written_once_and_taken_in_once(world: Path, finished: Path, records: Path, taken: Path):  # noqa: F811

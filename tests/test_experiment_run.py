@@ -339,7 +339,7 @@ def test_every_row_is_timed_in_turn_and_the_report_shows_it(
     call = ["experiment", "time", file, "--out", str(copy), "--repeats", "2", "--batch", "2", "--json"]
     made = CliRunner().invoke(app, call)
     assert made.exit_code == 0, made.output
-    entry = dict.fromkeys(("median", "low", "high"), "number")
+    entry = dict.fromkeys(("median", "low", "high"), "number") | {"untrained": "bool"}
     assert set(map(str, shape(json.loads(made.stdout))["cells"].values())) == {str(entry)}
     assert calls[:3] == calls[3:6] == calls[6:] and len(calls) == 9  # one round to warm up, two more
     assert set(calls[:3]) == {("undistilled", 1, None, 2), ("student", None, None, 2), ("student", None, 1, 2)}
@@ -353,7 +353,7 @@ def test_every_row_is_timed_in_turn_and_the_report_shows_it(
     assert run(Options(file=world / "experiment.yaml", out=copy)).made == 0
     with pytest.raises(ConfigError, match="at least 2 rounds"):
         time_rows(world / "experiment.yaml", copy, repeats=1)
-    with pytest.raises(ConfigError, match="no finished cell with its weights"):
+    with pytest.raises(ConfigError, match="holds no finished cell"):
         time_rows(world / "experiment.yaml", tmp_path / "empty")
     with store.run_lock(copy), pytest.raises(ConfigError, match="Another tmd-eval"):
         time_rows(world / "experiment.yaml", copy)

@@ -238,9 +238,11 @@ def _prompts(loaded: Loaded) -> str:
 
 def _timing(times: Mapping[str, Any]) -> str:
     """How seconds a video were measured, in words."""
+    stand_ins = any(cell.get("untrained") for cell in times.get("cells", {}).values())
     apart = (
         f"measured apart from the run, on {times['device']}: one process, every row in turn, {times['repeats']} rounds "
         f"of {times['batch']} videos; median [fastest, slowest] round. "
+        + ("Where a row's weights lie elsewhere, an untrained student of its shape was timed. " if stand_ins else "")
         if times
         else ""
     )

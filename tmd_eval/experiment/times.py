@@ -2,7 +2,8 @@
 
 What a run notes beside its videos was measured with as many jobs at once as it had workers, and hours apart. Here every
 round samples each row once, so that all rows see the same machine. OUT/times.json holds one entry a row, by the name of
-the cell that was sampled.
+the cell that was sampled. Time goes by a student's shape, not by its weights, so a row whose weights are elsewhere (its
+cells were imported) is timed with an untrained student of its shape, and the entry says so.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from students.base import Base
 from students.errors import ConfigError
 from tmd_eval.experiment import jobs as store
+from tmd_eval.experiment.cells import Cell
 from tmd_eval.experiment.jobs import Job
 from tmd_eval.experiment.plan import finished_cells, load, make_plan
+from tmd_eval.experiment.rows import Row
 from tmd_eval.files import write_json
 
 
@@ -31,8 +36,6 @@ def time_rows(
 ) -> dict[str, Any]:
     """Sample every finished row in turn, one round to warm up and ``repeats`` more, and write ``times.json``.
 
-    Rows of imported cells, whose weights are not here, are left out.
-
     Args:
         file: the experiment.
         out: its folder.
@@ -42,7 +45,7 @@ def time_rows(
 
     Returns:
         Content of ``times.json``: command, code_revision, device, packages, created; repeats, batch; and cells, by
-        name: median, low and high (fastest and slowest round), seconds a video.
+        name: median, low and high (fastest and slowest round), seconds a video; untrained, whether it was a stand-in.
 
     Raises:
         ConfigError: a wrong setting, no finished row, or the experiment is running.
@@ -59,22 +62,28 @@ def time_rows(
         loaded = load(file, out)
         plan = make_plan(loaded, out)
         planned = {cell.name: plan.jobs[cell.jobs[-1]] for cell in plan.cells}
-        rows: dict[Any, Job] = {}
+        rows: dict[Row, tuple[Cell, Job]] = {}
         for cell in finished_cells(loaded, plan, out):
-            if store.weights_here(out, planned[cell.name]):
-                rows.setdefault(cell.row, planned[cell.name])
+            job = planned[cell.name]
+            known = rows.get(cell.row)
+            if known is None or store.weights_here(out, job) > store.weights_here(out, known[1]):
+                rows[cell.row] = cell, job
         if not rows:
-            raise ConfigError(
-                f"{out} holds no finished cell with its weights; run: tmd-eval experiment run {file} --out {out}"
-            )
-        jobs = {job.name: job for job in rows.values()}
+            raise ConfigError(f"{out} holds no finished cell; run: tmd-eval experiment run {file} --out {out}")
+        jobs = {job.name: job for _, job in rows.values()}
+        untrained = {job.name for _, job in rows.values() if not store.weights_here(out, job)}
         gpu = torch.cuda.is_available()
         if not gpu:
             torch.set_num_threads(1)  # as in the run
-        references = [
-            job.spec["base"] if (made := job.spec["checkpoint"]) is None else out / made for job in jobs.values()
-        ]
-        models = dict(zip(jobs, map(open_model, references), strict=True))
+        models = {}
+        with TemporaryDirectory() as folder:
+            for cell, job in rows.values():
+                reference: str | Path = job.spec["base"]
+                if job.name in untrained:
+                    reference = _stand_in(cell, loaded.base, Path(folder) / job.name)
+                elif job.spec["checkpoint"] is not None:
+                    reference = out / job.spec["checkpoint"]
+                models[job.name] = open_model(reference)
         prompts = load_prompts(loaded.experiment.evaluation.prompts, count=batch).prompts
         seconds: dict[str, list[float]] = defaultdict(list)
         for turn in range(repeats + 1):
@@ -89,9 +98,22 @@ def time_rows(
         times = {
             **provenance(device="cuda" if gpu else "cpu"), "repeats": repeats, "batch": len(prompts),
             "cells": {
-                name: {"median": statistics.median(found), "low": min(found), "high": max(found)}
+                name: {
+                    "median": statistics.median(found), "low": min(found), "high": max(found),
+                    "untrained": name in untrained,
+                }
                 for name, found in seconds.items()
             },
         }  # fmt: skip
         write_json(out / "times.json", times)
     return times
+
+
+def _stand_in(cell: Cell, base: Base, folder: Path) -> Path:
+    """A checkpoint of the shape and sampler of a cell's student, before any training."""
+    from students.build import new_student, student_spec
+    from students.checkpoint import save_student
+
+    config = cell.trainings[-1].config
+    save_student(folder, new_student(config, base.transformer), student_spec(config, base, {}))
+    return folder
