@@ -93,7 +93,7 @@ def table(summary: dict[str, dict[str, Any]]) -> list[str]:
     if "frechet" not in summary:
         lines.append("Fréchet distance: not measured (too few videos)")
     if "diversity" not in summary:
-        lines.append("diversity: not measured (needs two videos of one caption: --samples-per-prompt 2)")
+        lines.append("diversity: not measured (needs two readable videos of one caption; see --samples-per-prompt)")
     completeness = next(iter(summary.values()))["completeness"]
     if completeness < 1:
         lines.append(f"INCOMPLETE: {100 * completeness:.1f} % of the expected videos are scored")
